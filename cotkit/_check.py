@@ -5,11 +5,14 @@ Tensor *values* are looked at on the CPU only, since reading them on an accelera
 """
 
 from collections.abc import Collection
-from math import isfinite
+from math import inf, isfinite
 from numbers import Real
 from typing import Any
 
-from torch import Tensor, bool as torch_bool
+from torch import Tensor
+from torch import bool as torch_bool
+
+_MANY = 64  # tokens; fewer can all be exactly 0 in a micro-batch that the model knows by heart
 
 
 def is_tensor(fn: str, **tensors: Any) -> None:
@@ -25,7 +28,9 @@ def same_shape(fn: str, **tensors: Tensor) -> None:
     shapes = {name: list(t.shape) for name, t in tensors.items()}
     if len({tuple(s) for s in shapes.values()}) > 1:
         got = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise ValueError(f"{fn}: expected equal shapes, got {got}. cotkit does not broadcast; pass one value each.")
+        raise ValueError(
+            f"{fn}: expected equal shapes, got {got}. cotkit does not broadcast; pass one value each."
+        )
 
 
 def ndim(fn: str, dims: str, **tensors: Tensor) -> None:
@@ -52,7 +57,9 @@ def floating(fn: str, **tensors: Tensor) -> None:
     is_tensor(fn, **tensors)
     for name, t in tensors.items():
         if not t.is_floating_point():
-            raise TypeError(f"{fn}: expected {name} as a float tensor, got {str(t.dtype).removeprefix('torch.')}.")
+            raise TypeError(
+                f"{fn}: expected {name} as a float tensor, got {str(t.dtype).removeprefix('torch.')}."
+            )
 
 
 def integer(fn: str, **tensors: Tensor) -> None:
@@ -60,7 +67,9 @@ def integer(fn: str, **tensors: Tensor) -> None:
     is_tensor(fn, **tensors)
     for name, t in tensors.items():
         if t.is_floating_point() or t.is_complex() or t.dtype == torch_bool:
-            raise TypeError(f"{fn}: expected {name} as an integer tensor, got {str(t.dtype).removeprefix('torch.')}.")
+            raise TypeError(
+                f"{fn}: expected {name} as an integer tensor, got {str(t.dtype).removeprefix('torch.')}."
+            )
 
 
 def positive(fn: str, **numbers: Any) -> None:
@@ -78,6 +87,27 @@ def finite(fn: str, **numbers: Any) -> None:
             raise TypeError(f"{fn}: expected {name} as a number, got {type(value).__name__}.")
         if not isfinite(value):
             raise ValueError(f"{fn}: expected {name} finite, got {value}.")
+
+
+def at_least(fn: str, low: float, **numbers: Any) -> None:
+    """Raise unless every Python number is finite and not below ``low``."""
+    for name, value in numbers.items():
+        finite(fn, **{name: value})
+        if value < low:
+            raise ValueError(f"{fn}: expected {name} >= {low}, got {value}.")
+
+
+def interval(fn: str, **pairs: Any) -> None:
+    """Raise unless every keyword is a pair of numbers (low, high) with 0 <= low <= high; high may be infinite."""
+    for name, pair in pairs.items():
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(f"{fn}: expected {name} as a pair (low, high), got {pair!r}.")
+        low, high = pair
+        finite(fn, **{f"{name}[0]": low})
+        if high != inf:
+            finite(fn, **{f"{name}[1]": high})
+        if not 0 <= low <= high:
+            raise ValueError(f"{fn}: expected {name} = (low, high) with 0 <= low <= high, got {pair!r}.")
 
 
 def between(fn: str, low: float, high: float, **numbers: Any) -> None:
@@ -99,9 +129,11 @@ def one_of(fn: str, allowed: Collection[Any], **values: Any) -> None:
 def token_logps(fn: str, mask: Tensor, **logps: Tensor) -> None:
     """Check log-probs [B, T] against their mask and guess the usual mistakes.
 
-    Refuses a mask that is not bool, shapes that differ (with a word on the [B, T-1] of other libraries), positive
-    values (logits), values that are all zero under the mask, and a support that is the mask moved one step to the
-    left (labels that were shifted before the call and again inside it).
+    Refused: logits [B, T, V]; a mask that is not bool; shapes that differ (with a word on the [B, T-1] of other
+    libraries); values above 0 (logits, probabilities); a support that is the mask moved one step to the left (labels
+    shifted before the call and again inside it); nothing but zeros under a mask of many tokens (a mask that counts
+    ignored labels). Zeros alone prove little, since a well-trained model does reach log-probs of exactly 0: a few
+    are never refused.
     """
     is_tensor(fn, mask=mask, **logps)
     for name, x in logps.items():
@@ -121,27 +153,65 @@ def token_logps(fn: str, mask: Tensor, **logps: Tensor) -> None:
                     f"{name} has one column fewer: other libraries drop the first position; "
                     f"put a zero column in front, torch.nn.functional.pad({name}, (1, 0))."
                 )
-            raise ValueError(f"{fn}: expected equal shapes, got {name} {list(x.shape)}, mask {list(mask.shape)}. {hint}")
+            elif x.shape == mask.shape[::-1]:
+                hint = "One of the two is transposed: cotkit is batch first."
+            raise ValueError(
+                f"{fn}: expected equal shapes, got {name} {list(x.shape)}, mask {list(mask.shape)}. {hint}"
+            )
         if x.device.type == "cpu" and bool(mask.any()):
             _values(fn, name, x.detach(), mask)
 
 
 def _values(fn: str, name: str, x: Tensor, mask: Tensor) -> None:
     counted = x[mask]
-    if bool((counted > 1e-6).any()):
+    slack = 0.1 if x.element_size() < 4 else 1e-3  # rounding can lift a log-prob of 0 above 0, never this far
+    if bool((counted > slack).any()):
         raise ValueError(
             f"{fn}: expected {name} as log-probabilities (at most 0), got {counted.max():.4g}. "
             f"These look like logits or probabilities; call tokens.token_logps(logits, labels) first."
         )
     support = x != 0
-    if not bool((support & mask).any()):
+    outside = bool((support & ~mask).any())
+    # Position 0 predicts nothing and is 0 either way, so it is left out of the comparison.
+    if outside and bool((support[:, 1:-1] == mask[:, 2:]).all()) and not bool(support[:, -1].any()):
         raise ValueError(
-            f"{fn}: expected {name} below 0 somewhere under the mask, got zeros only. "
+            f"{fn}: expected {name} at the positions of the mask, got them one step to the left. "
+            f"The labels were shifted twice: pass labels and mask unshifted, tokens.token_logps shifts once "
+            f"({name}[:, t] belongs to labels[:, t])."
+        )
+    if counted.numel() >= _MANY and not bool(counted.any()):
+        raise ValueError(
+            f"{fn}: expected {name} below 0 somewhere under the mask, got {counted.numel()} zeros. "
             f"The mask counts positions whose labels are -100: use mask = labels != -100, both unshifted."
         )
-    if bool((support[:, :-1] == mask[:, 1:]).all()) and not bool(support[:, -1].any()) and bool(mask[:, 1:].any()):
-        if not bool((support == mask).all()):
-            raise ValueError(
-                f"{fn}: expected {name} at the positions of the mask, got them one step to the left. "
-                f"The labels were shifted twice: pass them unshifted, tokens.token_logps shifts once."
-            )
+
+
+def candidates(fn: str, scores: Tensor, rank: Tensor, valid: Tensor | None = None) -> None:
+    """Check the scores [B, K] of K candidates of each prompt, their integer ranks and the padding of K."""
+    is_tensor(fn, scores=scores, rank=rank)
+    if scores.dim() == 3:
+        raise ValueError(
+            f"{fn}: expected scores [B, K], got {list(scores.shape)}. These look like logits or token log-probs; "
+            f"call tokens.seq_logps(tokens.token_logps(logits, labels), mask, mean=True) first."
+        )
+    if scores.dim() == 1:
+        raise ValueError(
+            f"{fn}: expected scores [B, K], got {list(scores.shape)}. "
+            f"For flat rows with a group number call tokens.grouped(scores, group) first."
+        )
+    if rank.dtype == torch_bool:
+        raise TypeError(
+            f"{fn}: expected rank as an integer tensor (0 = best), got bool. "
+            f"For right and wrong chains pass rank = (~correct).long()."
+        )
+    floating(fn, scores=scores)
+    if rank.is_floating_point():
+        raise TypeError(
+            f"{fn}: expected rank as an integer tensor (0 = best), got {str(rank.dtype).removeprefix('torch.')}. "
+            f"A reward is not a rank: larger is better there, smaller is better here."
+        )
+    same_shape(fn, scores=scores, rank=rank)
+    ndim(fn, "B K", scores=scores)
+    if valid is not None:
+        boolean(fn, valid=valid)
+        same_shape(fn, scores=scores, valid=valid)

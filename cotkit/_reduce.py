@@ -14,11 +14,15 @@ def check_denom(fn: str, denom: Any) -> None:
         return
     if isinstance(denom, Tensor):
         if denom.dim() != 0:
-            raise ValueError(f"{fn}: expected denom as a number or 0-d tensor, got shape {list(denom.shape)}.")
+            raise ValueError(
+                f"{fn}: expected denom as a number or 0-d tensor, got shape {list(denom.shape)}."
+            )
         if denom.device.type != "cpu":
             return
     elif isinstance(denom, bool) or not isinstance(denom, int | float):
-        raise TypeError(f"{fn}: expected denom as a number, a 0-d tensor or None, got {type(denom).__name__}.")
+        raise TypeError(
+            f"{fn}: expected denom as a number, a 0-d tensor or None, got {type(denom).__name__}."
+        )
     if not bool(denom > 0) or denom == float("inf"):
         raise ValueError(
             f"{fn}: expected denom > 0 and finite, got {float(denom)}. It is the count over the whole accumulated batch."
