@@ -1,0 +1,515 @@
+"""Run any cotkit loss inside TRL's ``SFTTrainer``: accumulation, processes, checkpoints and logging are TRL's.
+
+Conventions: the loss is ``loss(logps [B, T], batch, denom) -> scalar``, the form that ``lab.fit`` calls too. ``batch``
+holds ``mask``, ``segments``, ``steps``, ``turns`` and the named columns as tensors; ``denom`` counts tokens, sequences
+or groups over the whole accumulated batch of all processes (None in evaluation: this batch alone). A dataset item is
+one encoded row, or one whole group: K encoded rows of a question, which therefore never part.
+Functions, in the order of use: ``dataset`` rows to encoded items; ``add_logps`` a frozen model's log-probs as a
+column; ``collate`` items to a batch; ``sft_trainer`` the trainer class for a loss.
+"""
+
+import copy
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from cotkit._check import one_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from cotkit.tokens import Format
+
+__all__ = ["dataset", "add_logps", "collate", "sft_trainer"]
+
+UNITS = ("token", "sequence", "group")
+_FILL = {"input_ids": 0, "labels": -100, "segments": 0, "steps": -1, "turns": -1}
+_ENCODED = tuple(_FILL)
+_SLICE = 256  # rows encoded at a time: the padded block stays small whatever the data set
+
+
+def dataset(
+    rows: Sequence[dict],
+    tokenizer: Any,
+    fmt: "Format | str" = "think",
+    *,
+    columns: Sequence[str] = (),
+    unit: str = "token",
+    max_length: int | None = None,
+    malformed: str = "raise",
+) -> "Dataset":
+    """Encode rows into the data set that ``sft_trainer`` trains on.
+
+    Args:
+        rows: prompt-completion rows. With ``unit="group"`` each also has a ``group`` number; rows of one number become
+            one item, in order of first appearance.
+        tokenizer: a fast Hugging Face tokenizer.
+        fmt: how a thought and its answer are marked; see ``tokens.Format``.
+        columns: names of row entries that travel along: a number or bool per row, or a list with one number per token.
+        unit: "token" or "sequence" give an item per row, "group" an item per group.
+        max_length: longest row in tokens; ``tokens.encode`` cuts all per-token columns alike. None keeps everything.
+        malformed: what ``tokens.encode`` does with a completion that does not follow ``fmt``.
+
+    Returns:
+        ``datasets.Dataset`` with ``input_ids``, ``labels``, ``segments``, ``steps``, ``turns`` and ``columns``.
+
+    Raises:
+        ValueError: no rows, a row without a named column, a per-token column of another length, unknown ``unit``.
+
+    Source: none (plumbing)
+
+    Example:
+        >>> rows = [{"prompt": "1+1=", "completion": "2", "answer": "2"}]
+        >>> dataset(rows, tokenizer, "plain", columns=("answer",))  # doctest: +SKIP
+        Dataset({
+            features: ['input_ids', 'labels', 'segments', 'steps', 'turns', 'answer'],
+            num_rows: 1
+        })
+    """
+    from datasets import Dataset
+
+    from cotkit.tokens import encode
+
+    one_of("dataset", UNITS, unit=unit)
+    if not rows:
+        raise ValueError("dataset: expected at least one row, got none. Pass rows with prompt and completion.")
+    wanted = [*columns, *(["group"] if unit == "group" and "group" not in columns else [])]
+    items: list[dict] = []
+    for start in range(0, len(rows), _SLICE):
+        part = list(rows[start : start + _SLICE])
+        block = encode(part, tokenizer, fmt, max_length=max_length, malformed=malformed)
+        lengths = block["attention_mask"].sum(1).tolist()
+        for i, (row, length) in enumerate(zip(part, lengths, strict=True)):
+            item = {name: block[name][i, :length].tolist() for name in _ENCODED}
+            items.append(item | {name: _column(row, name, start + i, length) for name in wanted})
+    return Dataset.from_list(_whole_groups(items) if unit == "group" else items)
+
+
+def _column(row: dict, name: str, number: int, length: int) -> Any:
+    if name not in row:
+        raise ValueError(f"dataset: expected column {name!r} in every row, got none in row {number}. Add it or drop it.")
+    value = row[name].tolist() if isinstance(row[name], Tensor) else row[name]
+    if isinstance(value, list) and len(value) != length:
+        raise ValueError(
+            f"dataset: expected {name} with {length} values (one per token) in row {number}, got {len(value)}. "
+            f"Encode first, then compute per-token columns; add_logps does both in step."
+        )
+    if not isinstance(value, int | float | list):
+        raise ValueError(
+            f"dataset: expected {name} as a number or one number per token, got {type(value).__name__} in row {number}."
+        )
+    return value
+
+
+def _whole_groups(items: list[dict]) -> list[dict]:
+    groups: dict[Any, list[dict]] = {}
+    for item in items:
+        groups.setdefault(item["group"], []).append(item)
+    names = [name for name in items[0] if name != "group"]
+    return [{name: [item[name] for item in group] for name in names} for group in groups.values()]
+
+
+def add_logps(data: "Dataset", model: Any, *, name: str = "ref_logps", batch_size: int = 8) -> "Dataset":
+    """Add a frozen model's log-probs as a per-token column, once, before training.
+
+    iw-SFT, KL terms and DPO-like losses need a reference; computing it beforehand keeps one model in memory.
+
+    Args:
+        data: what ``dataset`` returned, of rows or of groups.
+        model: the reference; a causal language model. It is put back into its mode afterwards.
+        name: name of the new column; give it to ``sft_trainer(columns=...)`` too.
+        batch_size: items (rows or groups) per forward.
+
+    Returns:
+        The data set with one more column: log-probs in nats, one per token, 0 where the label is -100.
+
+    Raises:
+        ValueError: ``data`` has that column already.
+
+    Source: none (plumbing)
+
+    Example:
+        >>> data = add_logps(dataset(rows, tokenizer), frozen_model)  # doctest: +SKIP
+        >>> data.column_names[-1]  # doctest: +SKIP
+        'ref_logps'
+    """
+    from cotkit.tokens import model_logps
+
+    if name in data.column_names:
+        raise ValueError(f"add_logps: expected a new column name, got {name!r}, which is there. Drop it or rename.")
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    values: list[Any] = []
+    for start in range(0, len(data), batch_size):
+        items = [data[i] for i in range(start, min(start + batch_size, len(data)))]
+        batch = {key: value.to(device) for key, value in collate(items).items()}
+        lengths = batch["attention_mask"].sum(1).tolist()
+        flat = [row[:n].tolist() for row, n in zip(model_logps(model, batch).float(), lengths, strict=True)]
+        for item in items:
+            if _is_group(item):
+                values.append([flat.pop(0) for _ in item["input_ids"]])
+            else:
+                values.append(flat.pop(0))
+    model.train(training)
+    return data.add_column(name, values)
+
+
+def _is_group(item: dict) -> bool:
+    return bool(item["input_ids"]) and isinstance(item["input_ids"][0], list)
+
+
+def collate(items: Sequence[dict], *, columns: Sequence[str] = (), pad_id: int = 0, multiple: int = 1) -> dict:
+    """Pad items on the right into one batch of tensors; groups are flattened and numbered.
+
+    Args:
+        items: what ``dataset`` holds: encoded rows, or groups of them.
+        columns: the named columns to carry; per row they become [B], per token [B, T] padded with 0.
+        pad_id: token id under the padding; the attention mask hides it.
+        multiple: T is rounded up to a multiple of this.
+
+    Returns:
+        ``input_ids``, ``attention_mask``, ``labels``, ``segments``, ``steps``, ``turns`` [B, T], the columns, and for
+        groups ``group`` [B], counted from 0 in this batch. ``labels[:, 0]`` is -100: nothing predicts the first token.
+
+    Raises:
+        ValueError: an item without a named column, or rows and groups mixed.
+
+    Source: none (plumbing)
+
+    Example:
+        >>> row = {"input_ids": [5, 6], "labels": [-100, 6], "segments": [1, 2], "steps": [-1, 0], "turns": [0, 0]}
+        >>> longer = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "segments": [1, 2, 2]}
+        >>> longer |= {"steps": [-1, 0, 0], "turns": [0, 0, 0]}
+        >>> collate([row, longer])["labels"]
+        tensor([[-100,    6, -100],
+                [-100,    6,    7]])
+    """
+    nested = {_is_group(item) for item in items}
+    if len(nested) != 1:
+        raise ValueError("collate: expected items of one kind, got rows and groups mixed (or nothing). Use dataset().")
+    grouped = nested.pop()
+    for name in (*_ENCODED, *columns):
+        if any(name not in item for item in items) and not (grouped and name == "group"):
+            raise ValueError(f"collate: expected column {name!r} in every item, got items without. Pass it to dataset().")
+    names = [name for name in (*_ENCODED, *columns) if not (grouped and name == "group")]
+    if grouped:
+        rows = [{name: item[name][k] for name in names} for item in items for k in range(len(item["input_ids"]))]
+    else:
+        rows = list(items)
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    width = -(-max(2, int(lengths.max())) // multiple) * multiple
+    batch = {name: _stack([row[name] for row in rows], _FILL.get(name, 0), width) for name in names}
+    batch["input_ids"] = batch["input_ids"].masked_fill(torch.arange(width) >= lengths[:, None], pad_id)
+    batch["attention_mask"] = (torch.arange(width) < lengths[:, None]).long()
+    batch["labels"][:, 0] = -100
+    if grouped:
+        batch["group"] = torch.tensor([number for number, item in enumerate(items) for _ in item["input_ids"]])
+    return batch
+
+
+def _stack(values: list[Any], fill: int, width: int) -> Tensor:
+    if not isinstance(values[0], list):
+        return torch.tensor(values)
+    tensors = [torch.tensor(value) for value in values]
+    return torch.stack([pad(t, (0, width - len(t)), value=fill) for t in tensors])
+
+
+def sft_trainer(
+    loss: Callable[[Tensor, dict, Any], Tensor],
+    *,
+    columns: Sequence[str] = (),
+    unit: str = "token",
+    rows_per_pass: int | None = None,
+) -> type:
+    """Make an ``SFTTrainer`` subclass that trains with ``loss``.
+
+    The class takes ``model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks, optimizers``
+    as its parent does. Data come from ``dataset`` and are used as they are. One forward per row and no logits: TRL's
+    fused head gives the log-probs. The gradient of a step does not depend on how the batch is cut into micro-batches
+    and processes, as long as the loss divides by ``denom``.
+
+    Args:
+        loss: ``loss(logps [B, T], batch, denom) -> scalar``; must divide by ``denom`` where it is not None.
+        columns: the named columns that ``batch`` shall hold.
+        unit: what ``denom`` counts: "token" (labels that are not -100), "sequence" (rows with such a token), "group".
+        rows_per_pass: at most this many rows per forward and backward, for groups too big for the memory. Gradients
+            stay exact: one pass without gradient, d loss / d logps, then a second forward per part, with the same
+            dropout. None does all in one pass, which is a third cheaper.
+
+    Returns:
+        A subclass of ``trl.SFTTrainer``.
+
+    Raises:
+        TypeError: ``loss`` is not callable.
+        ValueError: unknown ``unit``, ``rows_per_pass < 1``. The class itself raises ValueError for what would train
+            something else in silence: packing, padding-free batches, TRL's own loss options, LoRA on the output head,
+            a model without trainable weights, groups cut apart, sequence parallelism.
+
+    Source: none (plumbing)
+
+    Example:
+        >>> def loss(logps, batch, denom):
+        ...     return losses.sft.nll(logps, batch["mask"], denom=denom)
+        >>> trainer = sft_trainer(loss)(model, args, train_dataset=dataset(rows, tokenizer))  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+    """
+    if not callable(loss):
+        raise TypeError(f"sft_trainer: expected loss as a callable, got {type(loss).__name__}.")
+    one_of("sft_trainer", UNITS, unit=unit)
+    if rows_per_pass is not None and (isinstance(rows_per_pass, bool) or rows_per_pass < 1):
+        raise ValueError(f"sft_trainer: expected rows_per_pass >= 1 or None, got {rows_per_pass!r}.")
+    columns = tuple(columns)
+    from trl import SFTTrainer
+
+    class CotkitSFTTrainer(SFTTrainer):  # type: ignore[misc, valid-type]
+        """TRL's trainer with a cotkit loss; see ``cotkit.interop.trl.sft_trainer``."""
+
+        loss_is_scaled_for_ga = True  # the loss is divided by the count over the whole accumulated batch
+        _name = getattr(loss, "__name__", type(loss).__name__)
+        _tag_names = ["trl", "sft", "cotkit"]  # noqa: RUF012  (TRL declares it so)
+
+        def __init__(
+            self,
+            model: Any,
+            args: Any,
+            train_dataset: Any = None,
+            eval_dataset: Any = None,
+            processing_class: Any = None,
+            *,
+            peft_config: Any = None,
+            callbacks: Any = None,
+            optimizers: Any = (None, None),
+        ) -> None:
+            args = _checked_args(args)
+            _check_data(train_dataset, eval_dataset, columns, unit)
+            _check_model(model, peft_config)
+            args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+            multiple = args.pad_to_multiple_of if isinstance(args.pad_to_multiple_of, int) else 1
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=functools.partial(collate, columns=columns, multiple=multiple),
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                peft_config=peft_config,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
+            pad_id = self._tokenizer.pad_token_id
+            self.data_collator.keywords["pad_id"] = 0 if pad_id is None else pad_id
+            _check_engine(self, rows_per_pass)
+
+        def _set_signature_columns_if_needed(self) -> None:
+            self._signature_columns = [*_ENCODED, *columns]
+
+        def _send_telemetry(self) -> None:
+            """Send nothing."""
+
+        def get_batch_samples(self, epoch_iterator: Iterable, num_batches: int, device: Any) -> tuple[list, Any]:
+            samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+            if not samples:
+                return samples, None
+            count = torch.stack([_count(batch, unit) for batch in samples]).sum().to(device)
+            if self.args.average_tokens_across_devices and self.args.world_size > 1:
+                # the ranks of a tensor-parallel group hold the same rows
+                count = self.accelerator.gather(count).sum() // self.get_tp_size()
+            return samples, count.clamp(min=1)
+
+        def compute_loss(
+            self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            batch = {**inputs, "mask": inputs["labels"] != -100}
+            fed = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
+            parts = _parts(len(fed["labels"]), rows_per_pass)
+            seen: list[Any] = []
+            states: list[Any] = []
+
+            def forward(**kwargs: Any) -> Any:
+                if "fused_lm_head" not in kwargs:
+                    return model(**kwargs)
+                if len(parts) == 1:
+                    seen.append(model(**kwargs))
+                else:  # without the DDP wrapper: processes may hold different numbers of parts
+                    seen.append(_in_parts(self.accelerator.unwrap_model(model), kwargs, parts, states))
+                return seen[-1]
+
+            # TRL's step runs the forward and logs entropy and accuracy; its own loss is never differentiated
+            base = super().compute_loss(forward, dict(fed), return_outputs=return_outputs)
+            out = seen[0]
+            two_pass = len(parts) > 1 and torch.is_grad_enabled()
+            logps = _align(out.log_probs, batch["labels"])
+            if two_pass:
+                logps = logps.detach().requires_grad_()
+            value = loss(logps, batch, num_items_in_batch)
+            _check_value(value)
+            if torch.is_grad_enabled() and not value.requires_grad:
+                value = value + 0.0 * logps.sum()  # a batch that counts nothing still takes part in the backward
+            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+                value = value * (self.accelerator.num_processes // self.get_tp_size())  # DDP averages the gradients
+            if self.aux_loss_enabled:
+                share = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+                value = value + self.router_aux_loss_coef * out.aux_loss / share
+            if two_pass:
+                value = self._second_pass(model, fed, parts, states, value, logps)
+            return (value, base[1]) if return_outputs else value
+
+        def _second_pass(
+            self, model: Any, fed: dict, parts: list[slice], states: list, value: Tensor, logps: Tensor
+        ) -> Tensor:
+            (slope,) = torch.autograd.grad(value, logps)
+            bare = self.accelerator.unwrap_model(model)  # only the last part synchronises the processes
+            for number, (part, state) in enumerate(zip(parts, states, strict=True)):
+                last = number == len(parts) - 1
+                _set_random_state(state)
+                kwargs = {name: tensor[part] for name, tensor in fed.items()}
+                out = (model if last else bare)(**kwargs, use_cache=False, fused_lm_head=True)
+                surrogate = (_align(out.log_probs, kwargs["labels"]) * slope[part]).sum()
+                if not last:
+                    self.accelerator.backward(surrogate)
+            return surrogate + (value - surrogate).detach()  # the loss's value with the last part's gradient
+
+    return CotkitSFTTrainer
+
+
+def _checked_args(args: Any) -> Any:
+    from trl import SFTConfig
+
+    if not isinstance(args, SFTConfig):
+        raise ValueError(
+            f"sft_trainer: expected args as a trl.SFTConfig, got {type(args).__name__}. On a CPU say "
+            f"SFTConfig(folder, use_cpu=True, bf16=False, gradient_checkpointing=False)."
+        )
+    refused = {
+        "packing": args.packing,
+        "eval_packing": args.eval_packing,
+        "padding_free": args.padding_free,
+        "assistant_only_loss": args.assistant_only_loss,
+        "label_smoothing_factor": args.label_smoothing_factor,
+        "loss_type": args.loss_type != "nll",
+        "use_liger_kernel": args.use_liger_kernel,
+    }
+    for name, on in refused.items():
+        if on:
+            raise ValueError(
+                f"sft_trainer: expected {name} left at its default, got {getattr(args, name)!r}. The loss and the "
+                f"encoded rows decide what is trained; TRL's option would be ignored or would move the columns."
+            )
+    if args.accelerator_config.dispatch_batches:
+        raise ValueError("sft_trainer: expected dispatch_batches off, got True. It cuts batches between rows of a group.")
+    return copy.copy(args)
+
+
+def _check_data(train: Any, evaluation: Any, columns: Sequence[str], unit: str) -> None:
+    named = evaluation if isinstance(evaluation, dict) else {"eval_dataset": evaluation}
+    for name, data in {"train_dataset": train, **named}.items():
+        if data is None and name != "train_dataset":
+            continue
+        item = next(iter(data), {}) if data is not None else {}
+        missing = [c for c in (*_ENCODED, *columns) if c not in item and c != "group"]
+        if missing:
+            raise ValueError(
+                f"sft_trainer: expected columns {', '.join(missing)} in {name}, got {', '.join(item) or 'nothing'}. "
+                f"Build it with interop.trl.dataset(rows, tokenizer, columns=..., unit=...)."
+            )
+        if (unit == "group" or "group" in columns) and not _is_group(item):
+            raise ValueError(
+                f"sft_trainer: expected whole groups as items of {name}, got single rows, which could fall into "
+                f"different micro-batches. Build it with interop.trl.dataset(..., unit='group')."
+            )
+
+
+def _check_model(model: Any, peft_config: Any) -> None:
+    targets = getattr(peft_config, "target_modules", None) or ()
+    if not isinstance(targets, str) and any(name.split(".")[-1] == "lm_head" for name in targets):
+        raise ValueError(
+            "sft_trainer: expected LoRA on inner layers, got lm_head among target_modules. The fused head reads "
+            "lm_head.weight, so that adapter would never train; use target_modules='all-linear', or modules_to_save."
+        )
+    if isinstance(model, str):
+        return
+    head = model.get_output_embeddings()
+    if hasattr(head, "base_layer"):
+        raise ValueError(
+            "sft_trainer: expected a plain output head, got an adapter on lm_head. The fused head reads "
+            "lm_head.weight, so that adapter would never train; leave lm_head out of target_modules."
+        )
+    if head is None or not head.weight.is_floating_point():
+        kind = "none" if head is None else str(head.weight.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"sft_trainer: expected a floating-point output head, got {kind}. Keep lm_head out of the quantisation "
+            f"(llm_int8_skip_modules=['lm_head'])."
+        )
+    if peft_config is None and not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "sft_trainer: expected a model with trainable weights, got none. Load the adapter with is_trainable=True, "
+            "or pass peft_config."
+        )
+
+
+def _check_engine(trainer: Any, rows_per_pass: int | None) -> None:
+    parallel = trainer.accelerator.parallelism_config
+    if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
+        raise ValueError(
+            "sft_trainer: expected whole sequences on every process, got context or sequence parallelism. Use data, "
+            "tensor or FSDP parallelism."
+        )
+    if rows_per_pass is None:
+        return
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "sft_trainer: expected one process or plain data parallelism with rows_per_pass, got FSDP or DeepSpeed. "
+            "Use smaller groups, or gradient checkpointing."
+        )
+    if trainer.aux_loss_enabled:
+        raise ValueError("sft_trainer: expected a model without routed experts with rows_per_pass, got one with.")
+
+
+def _check_value(value: Any) -> None:
+    if not isinstance(value, Tensor) or value.dim() != 0:
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"sft_trainer: expected the loss to return a 0-d tensor, got {got}. Reduce it with denom.")
+
+
+def _count(batch: dict, unit: str) -> Tensor:
+    if unit == "group":
+        return batch["group"].max() + 1
+    counted = batch["labels"][:, 1:] != -100
+    return counted.sum() if unit == "token" else counted.any(1).sum()
+
+
+def _align(logps: Tensor, labels: Tensor) -> Tensor:
+    # [B, T-1] to [B, T]: nothing predicts the first token. Prompt tuning adds virtual columns on the left.
+    width = labels.shape[1]
+    return pad(logps[:, logps.shape[1] - (width - 1) :], (1, 0))
+
+
+def _parts(rows: int, size: int | None) -> list[slice]:
+    size = size or rows
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _in_parts(model: Any, kwargs: dict, parts: list[slice], states: list) -> Any:
+    outs = []
+    with torch.no_grad():
+        for part in parts:
+            states.append(_random_state(kwargs["input_ids"].device))
+            outs.append(model(**{k: v[part] if isinstance(v, Tensor) else v for k, v in kwargs.items()}))
+    joined = {k: torch.cat([o[k] for o in outs]) for k, v in outs[0].items() if isinstance(v, Tensor) and v.dim() == 2}
+    return type(outs[0])(**joined)
+
+
+def _random_state(device: torch.device) -> tuple[Any, Any, torch.device]:
+    accelerator = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), accelerator, device
+
+
+def _set_random_state(state: tuple[Any, Any, torch.device]) -> None:
+    cpu, accelerator, device = state
+    torch.set_rng_state(cpu)
+    if accelerator is not None:
+        torch.cuda.set_rng_state(accelerator, device)
