@@ -1,7 +1,8 @@
 """Argument checks: say what was expected, what came, and what to do about it.
 
-Every message reads ``function: expected ..., got ... . remedy``. Only ``ValueError`` and ``TypeError`` are raised.
-Tensor *values* are looked at on the CPU only, since reading them on an accelerator would wait for the device.
+Every message reads ``function: expected ..., got ... . remedy``. Only ``ValueError`` and ``TypeError`` are
+raised. Tensor *values* are looked at on the CPU only, since reading them on an accelerator would wait for the
+device.
 """
 
 from collections.abc import Collection
@@ -48,7 +49,8 @@ def boolean(fn: str, **masks: Tensor) -> None:
         if m.dtype != torch_bool:
             kind = str(m.dtype).removeprefix("torch.")
             raise TypeError(
-                f"{fn}: expected {name} as a bool tensor (True = counts), got {kind}. Convert with {name}.bool()."
+                f"{fn}: expected {name} as a bool tensor (True = counts), got {kind}. "
+                f"Convert with {name}.bool()."
             )
 
 
@@ -98,7 +100,7 @@ def at_least(fn: str, low: float, **numbers: Any) -> None:
 
 
 def interval(fn: str, **pairs: Any) -> None:
-    """Raise unless every keyword is a pair of numbers (low, high) with 0 <= low <= high; high may be infinite."""
+    """Raise unless every keyword is a pair (low, high) with 0 <= low <= high; high may be infinite."""
     for name, pair in pairs.items():
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise TypeError(f"{fn}: expected {name} as a pair (low, high), got {pair!r}.")
@@ -129,11 +131,11 @@ def one_of(fn: str, allowed: Collection[Any], **values: Any) -> None:
 def token_logps(fn: str, mask: Tensor, **logps: Tensor) -> None:
     """Check log-probs [B, T] against their mask and guess the usual mistakes.
 
-    Refused: logits [B, T, V]; a mask that is not bool; shapes that differ (with a word on the [B, T-1] of other
-    libraries); values above 0 (logits, probabilities); a support that is the mask moved one step to the left (labels
-    shifted before the call and again inside it); nothing but zeros under a mask of many tokens (a mask that counts
-    ignored labels). Zeros alone prove little, since a well-trained model does reach log-probs of exactly 0: a few
-    are never refused.
+    Refused: logits [B, T, V]; a mask that is not bool; shapes that differ (with a word on the [B, T-1] of
+    other libraries); values above 0 (logits, probabilities); a support that is the mask moved one step to the
+    left (labels shifted before the call and again inside it); nothing but zeros under a mask of many tokens
+    (a mask that counts ignored labels). Zeros alone prove little, since a well-trained model does reach
+    log-probs of exactly 0: a few are never refused.
     """
     is_tensor(fn, mask=mask, **logps)
     for name, x in logps.items():
@@ -191,8 +193,8 @@ def candidates(fn: str, scores: Tensor, rank: Tensor, valid: Tensor | None = Non
     is_tensor(fn, scores=scores, rank=rank)
     if scores.dim() == 3:
         raise ValueError(
-            f"{fn}: expected scores [B, K], got {list(scores.shape)}. These look like logits or token log-probs; "
-            f"call tokens.seq_logps(tokens.token_logps(logits, labels), mask, mean=True) first."
+            f"{fn}: expected scores [B, K], got {list(scores.shape)}. "
+            f"These look like logits or token log-probs; call tokens.seq_logps(tokens.token_logps(logits, labels), mask, mean=True) first."
         )
     if scores.dim() == 1:
         raise ValueError(
@@ -206,8 +208,9 @@ def candidates(fn: str, scores: Tensor, rank: Tensor, valid: Tensor | None = Non
         )
     floating(fn, scores=scores)
     if rank.is_floating_point():
+        kind = str(rank.dtype).removeprefix("torch.")
         raise TypeError(
-            f"{fn}: expected rank as an integer tensor (0 = best), got {str(rank.dtype).removeprefix('torch.')}. "
+            f"{fn}: expected rank as an integer tensor (0 = best), got {kind}. "
             f"A reward is not a rank: larger is better there, smaller is better here."
         )
     same_shape(fn, scores=scores, rank=rank)
@@ -215,3 +218,10 @@ def candidates(fn: str, scores: Tensor, rank: Tensor, valid: Tensor | None = Non
     if valid is not None:
         boolean(fn, valid=valid)
         same_shape(fn, scores=scores, valid=valid)
+
+
+def integers(fn: str, **numbers: Any) -> None:
+    """Raise TypeError unless every keyword is a Python int (bool is refused)."""
+    for name, value in numbers.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{fn}: expected {name} as an int, got {type(value).__name__}.")
