@@ -24,7 +24,7 @@ def model(seed=0, **config):
 
     torch.manual_seed(seed)
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.3}
     network = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, max_position_embeddings=64, **small, **ids, **config))
     return network.float()
 
@@ -107,7 +107,7 @@ def config(folder, **changes):
     settings = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
     quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
     backend = "gloo" if "RANK" in os.environ else None
-    cpu = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "ddp_backend": backend, "seed": 0}
+    cpu = {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "ddp_backend": backend, "seed": 0}
     return SFTConfig(str(folder), **{**settings, **quiet, **cpu, "max_steps": 1, **changes})
 
 

@@ -382,7 +382,7 @@ def _checked_args(args: Any) -> Any:
     if not isinstance(args, SFTConfig):
         raise ValueError(
             f"sft_trainer: expected args as a trl.SFTConfig, got {type(args).__name__}. On a CPU say "
-            f"SFTConfig(folder, use_cpu=True, bf16=False, gradient_checkpointing=False)."
+            f"SFTConfig(folder, use_cpu=True, bf16=False, activation_checkpointing=False)."
         )
     refused = {
         "packing": args.packing,
