@@ -1,4 +1,4 @@
-"""``python -m cotkit`` prints the index, ``find WORDS`` searches it, ``notebooks DIR`` copies the notebooks."""
+"""``python -m cotkit`` prints the index, ``find WORDS`` searches it, ``notebooks DIR`` copies notebooks."""
 
 import shutil
 import sys

@@ -106,7 +106,7 @@ def _records() -> list[tuple[dict[str, str], list[tuple[int, str]]]]:
 
 
 def _words(text: str) -> list[str]:
-    """Split at everything that is no letter or digit and inside CamelCase, in lower case, without a plural s."""
+    """Split at what is no letter or digit and inside CamelCase, in lower case, without plural s."""
     text = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text) + " " + text
     return [re.sub(r"(?<=\w{3}[^s\W])s$", "", w) for w in re.findall(r"[^\W_]+", text.lower())]
 

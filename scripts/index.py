@@ -1,0 +1,137 @@
+"""Keep the index in step: docstrings, notebooks -> papers.csv -> README.md, constraints -> environment.yml.
+
+    python scripts/index.py            write them
+    python scripts/index.py --check    say what is out of step and exit with 1
+
+The ``Source:`` lines of docstrings decide which functions serve a paper. A notebook section belongs to it when
+its text names the arXiv number or its heading the short name (both, if no function serves the paper). Verdicts
+are read from ``notebooks/CLAIMS.md``.
+"""
+
+import csv
+import io
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+from environment import environment
+
+from cotkit import _index
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ROOT / "notebooks"
+
+
+def sections() -> list[tuple[str, str, str]]:
+    """Return (notebook, heading, text) of every section of every notebook; the opening cell is no section."""
+    found = []
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        heading, text = "", ""
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"][1:]:
+            if cell["cell_type"] != "markdown":
+                continue
+            source = "".join(cell["source"])
+            for line in source.splitlines():
+                if re.match(r"#{1,4} ", line):
+                    found.append((path.stem, heading, text))
+                    heading, text = line.lstrip("# ").strip(), ""
+                text += line + "\n"
+        found.append((path.stem, heading, text))
+    return [section for section in found if section[1]]
+
+
+def claims() -> list[dict[str, str]]:
+    """Return the rows of the tables in CLAIMS.md that have a column ``verdict``, keyed in lower case."""
+    file, rows, header = NOTEBOOKS / "CLAIMS.md", [], []
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    for line, following in zip(lines, [*lines, ""][1:], strict=True):
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if not line.lstrip().startswith("|"):
+            header = []
+        elif re.match(r"\s*\|[\s:|-]+\|?\s*$", following):
+            header = [cell.lower() for cell in cells]
+        elif "verdict" in header and len(cells) == len(header) and not set(line) <= set("|-: "):
+            rows.append(dict(zip(header, cells, strict=True)))
+    return rows
+
+
+def papers() -> str:
+    """Return papers.csv with the columns functions, notebook, section, status and verdict filled anew."""
+    rows, parts, verdicts = _index.papers(), sections(), claims()
+    serving: dict[str, list[str]] = {}
+    for function in _index.functions():
+        for arxiv in dict.fromkeys(function["arxiv"].split()):
+            serving.setdefault(arxiv, []).append(function["name"])
+    for row in rows:
+        row["functions"] = "; ".join(serving.get(row["arxiv"], []))
+        short = re.compile(rf"(?<![\w-]){re.escape(row['short'])}(?![\w-])")
+        named = [(row["arxiv"] in text, bool(short.search(heading))) for _, heading, text in parts]
+        enough = (
+            any if row["functions"] else all
+        )  # without a function, citing a paper in passing is not serving it
+        place = next((part for part, there in zip(parts, named, strict=True) if enough(there)), None)
+        row["notebook"], row["section"] = place[:2] if place else ("", "")
+        row["status"] = {
+            (True, True): "served",
+            (True, False): "function",
+            (False, True): "cell",
+            (False, False): "not yet",
+        }[bool(row["functions"]), bool(place)]
+        own = [
+            c["verdict"]
+            for c in verdicts
+            if short.search(c.get("paper", "")) or row["arxiv"] in c.get("paper", "")
+        ]
+        row["verdict"] = ", ".join(dict.fromkeys(own))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def verdict_counts() -> str:
+    """Return one sentence for the README: how many claims were tested, and how they came out."""
+    counts = Counter(row["verdict"].strip("*") for row in claims())
+    if not counts:
+        return "No claim has been through its confirming run yet."
+    listed = ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common())
+    return f"Claims tested in the tiny lab so far: {listed} ([all of them](notebooks/CLAIMS.md))."
+
+
+def between(text: str, name: str, new: str) -> str:
+    """Return text with what stands between the markers ``name`` replaced."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"between: expected {begin} and {end} once each. Put the markers back.")
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}\n{new}\n{end}{rest.partition(end)[2]}"
+
+
+def readme() -> str:
+    """Return README.md with the index table and the counts of verdicts written anew."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return between(between(text, "index", _index.table()), "claims", verdict_counts())
+
+
+def main(check: bool) -> int:
+    """Write or compare every generated file, in the order in which they depend on each other."""
+    stale = []
+    for name, make in (
+        ("cotkit/papers.csv", papers),
+        ("README.md", readme),
+        ("environment.yml", environment),
+    ):
+        file, new = ROOT / name, make()
+        if file.read_text(encoding="utf-8") != new:
+            stale.append(name)
+            if not check:
+                file.write_text(new, encoding="utf-8")
+    print(f"{'out of step' if check else 'rewritten'}: {', '.join(stale) or 'nothing'}")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv))
