@@ -194,7 +194,8 @@ def candidates(fn: str, scores: Tensor, rank: Tensor, valid: Tensor | None = Non
     if scores.dim() == 3:
         raise ValueError(
             f"{fn}: expected scores [B, K], got {list(scores.shape)}. "
-            f"These look like logits or token log-probs; call tokens.seq_logps(tokens.token_logps(logits, labels), mask, mean=True) first."
+            f"These look like logits or token log-probs; "
+            f"call tokens.seq_logps(tokens.token_logps(logits, labels), mask, mean=True) first."
         )
     if scores.dim() == 1:
         raise ValueError(

@@ -25,7 +25,8 @@ def check_denom(fn: str, denom: Any) -> None:
         )
     if not bool(denom > 0) or denom == float("inf"):
         raise ValueError(
-            f"{fn}: expected denom > 0 and finite, got {float(denom)}. It is the count over the whole accumulated batch."
+            f"{fn}: expected denom > 0 and finite, got {float(denom)}. "
+            f"It is the count over the whole accumulated batch."
         )
 
 
@@ -33,9 +34,9 @@ def total(fn: str, values: Tensor, mask: Tensor, *, per: str = "token", denom: A
     """Sum of ``values`` [B, T] under ``mask``, divided once.
 
     per="token": the sum over all counted tokens / denom (None: their number in this call).
-    per="sequence": the token mean inside each row, summed over rows / denom (None: the number of rows in this call
-    that count at least one token). Masked positions are dropped before any arithmetic, so a NaN there is harmless;
-    a NaN under the mask stays. An empty mask gives 0 with zero gradient.
+    per="sequence": the token mean inside each row, summed over rows / denom (None: the number of rows in this
+    call that count at least one token). Masked positions are dropped before any arithmetic, so a NaN there is
+    harmless; a NaN under the mask stays. An empty mask gives 0 with zero gradient.
     """
     one_of(fn, ("token", "sequence"), per=per)
     check_denom(fn, denom)

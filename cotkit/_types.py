@@ -1,7 +1,8 @@
 """Shape aliases shared by every signature; Shift-Tab expands them.
 
 Dimensions: B rows, T tokens, V vocabulary, K candidates of one prompt, D hidden size, N rows of a flat batch.
-Aliases carry the dtype family and the names of the dimensions (``dim_str``), so the tests build arguments from them.
+Aliases carry the dtype family and the names of the dimensions (``dim_str``), so the tests build arguments
+from them.
 """
 
 from jaxtyping import Bool, Float, Int

@@ -1,0 +1,1 @@
+"""Tensors in, scalar out: `sft` makes given tokens likelier, `preference` ranks candidates."""

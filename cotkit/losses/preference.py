@@ -1,8 +1,9 @@
 r"""Preference losses: make a good chain of thought score above a bad one.
 
 Conventions: ``scores [B, K]`` belong to K candidate chains of each of B prompts, a score is the *mean* token
-log-prob of the chain in nats (`tokens.seq_logps` with ``mean=True``, then `tokens.grouped`); ``rank [B, K]`` orders
-them, 0 = best, equal ranks make no pair; ``valid`` is False where K is padded. ``denom`` counts groups.
+log-prob of the chain in nats (`tokens.seq_logps` with ``mean=True``, then `tokens.grouped`); ``rank [B, K]``
+orders them, 0 = best, equal ranks make no pair; ``valid`` is False where K is padded. ``denom`` counts
+groups.
 
 Functions: `constraint_alignment` AFT, alignment that does not push bad chains down without bound.
 """
@@ -31,36 +32,38 @@ def constraint_alignment(
     $$\mathcal L = \log\Big\{1 + \sum_{c_i \succ c_j}\big[e^{s_j - s_i} + e^{T_{ij} - s_j}\big]\Big\},\qquad
     T_{ij} = 2 s^*_j - 2\beta - s_i,\quad s^*_j = \min_{c_k \succ c_j} s_k$$
 
-    The first term alone (``constraint=None``) pushes a worse chain down for ever, although most of its tokens are
-    good language. The second pulls it up again once it falls below the boundary $B_j = s^*_j - \beta$: at $s_j = B_j$
-    the two pushes cancel. ``"detach"`` instead takes $s_j$ as a constant, so only better chains are pushed, up.
+    The first term alone (``constraint=None``) pushes a worse chain down for ever, although most of its tokens
+    are good language. The second pulls it up again once it falls below the boundary $B_j = s^*_j - \beta$: at
+    $s_j = B_j$ the two pushes cancel. ``"detach"`` instead takes $s_j$ as a constant, so only better chains
+    are pushed, up.
 
     This is $\mathcal L_A$ only. The method adds the likelihood of the reference chain:
     ``nll(logps, reference_mask) + constraint_alignment(scores, rank)``.
 
     Args:
-        scores: mean token log-prob of each chain, nats, [B, K]; gradient flows. The mean is the caller's duty: sums
-            give other numbers, favour short chains and make ``boundary`` meaningless.
-        rank: order of quality within the row, 0 = best, integers, [B, K]; ties make no pair. Right and wrong chains
-            are two ranks: ``(~correct).long()``.
+        scores: mean token log-prob of each chain, nats, [B, K]; gradient flows. The mean is the caller's
+            duty: sums give other numbers, favour short chains and make ``boundary`` meaningless.
+        rank: order of quality within the row, 0 = best, integers, [B, K]; ties make no pair. Right and wrong
+            chains are two ranks: ``(~correct).long()``.
         valid: True = a real candidate, [B, K]; None: all are. What the others hold does not matter.
         constraint: "boundary", "detach" or None (no constraint, the paper's ablation).
-        boundary: the paper's beta, nats per token, >= 0: how far below the lowest better chain a worse one may sink.
-            The paper tunes it on a development set; 0.15 is from memory.
+        boundary: the paper's beta, nats per token, >= 0: how far below the lowest better chain a worse one
+            may sink. The paper tunes it on a development set; 0.15 is from memory.
         denom: groups of the whole accumulated batch, one-sided ones counted. None: B.
 
     Returns:
-        Scalar, mean over groups; a group without a pair (all right, all wrong, empty) gives 0 with zero gradient.
+        Scalar, mean over groups; a group without a pair (all right, all wrong, empty) gives 0 with zero
+        gradient.
 
     Raises:
         ValueError: shapes differ, unknown ``constraint``, ``boundary < 0``, ``denom <= 0``.
         TypeError: ``rank`` is not an integer tensor, ``valid`` is not bool.
 
     Source: AFT (2023) arXiv:2309.02144 Eq. 6
-    Basis: second-hand: score, alignment loss, both constraints, B and T confirmed by a detailed summary; the ranking
-        form and the default boundary from memory; no code was released.
-    Differs: T is a constant, as the paper's argument about the gradient of $s_j$ needs; were it not, the second term
-        would pull better chains down.
+    Basis: second-hand: score, alignment loss, both constraints, B and T confirmed by a detailed summary; the
+        ranking form and the default boundary from memory; no code was released.
+    Differs: T is a constant, as the paper's argument about the gradient of $s_j$ needs; were it not, the
+        second term would pull better chains down.
 
     Example:
         >>> from torch import tensor

@@ -1,8 +1,8 @@
 r"""Supervised losses: make given tokens likelier, each with its own weight.
 
 Conventions: ``logps [B, T]`` are log-probabilities in nats, position t belongs to ``labels[:, t]``
-(`tokens.token_logps` shifts once, so ``logps[:, 0]`` is 0); ``mask`` is True where a token counts. Every loss is
-$-\sum w\,\log p$ over one count, and ``denom`` is that count over the whole accumulated batch.
+(`tokens.token_logps` shifts once, so ``logps[:, 0]`` is 0); ``mask`` is True where a token counts. Every loss
+is $-\sum w\,\log p$ over one count, and ``denom`` is that count over the whole accumulated batch.
 
 Functions, parent first: `nll` plain fine-tuning; `iw_weights` importance of a sequence or a token; `iw_sft`
 importance-weighted fine-tuning. Masked thought (MFT) is `nll` of a model that read ``tokens.corrupt``'s ids.
@@ -34,10 +34,10 @@ def nll(
         mask: True = the token counts, [B, T].
         weights: one factor per token [B, T] or per row [B]; not normalised, gradient flows if it has one.
             None: 1 everywhere.
-        per: "token": sum over all counted tokens / denom. "sequence": token mean of each row, summed / denom, so a
-            short chain counts as much as a long one.
-        denom: tokens (per="token") or rows (per="sequence") of the whole accumulated batch, so that splitting a
-            batch changes nothing. None: those of this call.
+        per: "token": sum over all counted tokens / denom. "sequence": token mean of each row, summed / denom,
+            so a short chain counts as much as a long one.
+        denom: tokens (per="token") or rows (per="sequence") of the whole accumulated batch, so that splitting
+            a batch changes nothing. None: those of this call.
 
     Returns:
         Scalar in nats; 0 with zero gradient when nothing counts.
@@ -58,10 +58,10 @@ def nll(
     _check.token_logps("nll", mask, logps=logps)
     terms = -logps
     if weights is not None:
-        _check.is_tensor("nll", weights=weights)
-        per_token = weights[:, None].expand_as(logps) if weights.shape == logps.shape[:1] else weights
-        _check.same_shape("nll", logps=logps, weights=per_token)
-        terms = per_token * terms
+        _check.floating("nll", weights=weights)
+        w = weights[:, None].expand_as(logps) if weights.shape == logps.shape[:1] else weights
+        _check.same_shape("nll", logps=logps, weights=w)
+        terms = torch.where(mask, w, 0.0) * torch.where(mask, terms, 0.0)  # 0 * NaN would leak into gradients
     return total("nll", terms, mask, per=per, denom=denom)
 
 
@@ -76,29 +76,32 @@ def iw_weights(
 ) -> SeqWeights | TokenWeights:
     r"""Importance of the data under q against the policy that wrote it, smoothed and clipped.
 
-    $w(\tau) = \mathrm{clip}\Big(\exp\big[\alpha\,\frac{1}{|\tau|}\sum_t \log\frac{q(a_t|s_t)}{\pi_{ref}(a_t|s_t)}\big]\Big)$,
-    or $w_t = \mathrm{clip}\big(\exp[\alpha \log\frac{q_t}{\pi_{ref,t}}]\big)$ for each token.
+    $w(\tau) = \mathrm{clip}\big(\exp\big[\frac{\alpha}{|\tau|}\sum_t \log\frac{q_t}{\pi_{ref,t}}\big]\big)$
+    for a sequence, $w_t = \mathrm{clip}\big(\exp\big[\alpha\log\frac{q_t}{\pi_{ref,t}}\big]\big)$ for a
+    token, where clip is to [lowest, highest].
 
     Args:
         q_logps: log-probs under q (the policy itself, or a lagged or averaged copy), nats, [B, T].
-        ref_logps: log-probs under the policy that generated the data, nats, [B, T]. Where that policy is unknown the
-            paper's language-model run takes the model before fine-tuning, which is an approximation.
+        ref_logps: log-probs under the policy that generated the data, nats, [B, T]. Where that policy is
+            unknown the paper's language-model run takes the model before fine-tuning, which is an
+            approximation.
         mask: True = response token, [B, T]; the prompt does not enter the ratio.
         level: "sequence": one weight per row from the length-averaged log-ratio. "token": one per token.
-        temperature: alpha, sharpness of the ratio; 0 gives 1 everywhere (plain fine-tuning). Authors' code: 1.
+        temperature: alpha, sharpness of the ratio; 0 gives 1 everywhere: plain fine-tuning.
         clip: lowest and highest weight. Authors' code: (0, 16) per sequence, (0.2, 1.8) per token.
 
     Returns:
-        Weights without gradient: [B] for "sequence", [B, T] for "token". What is not counted weighs 1 (clipped).
+        Weights without gradient: [B] for "sequence", [B, T] for "token". What is not counted weighs 1.
 
     Raises:
         ValueError: shapes differ, unknown ``level``, ``clip`` not a rising pair.
         TypeError: ``mask`` is not bool.
 
-    Source: iw-SFT (2025) arXiv:2507.12856 §"importance weighted SFT"
+    Source: iw-SFT (2025) arXiv:2507.12856 IwSFTLoss of the released code
     Basis: authors' code, both repositories; the paper's equations second-hand.
-    Differs: the length average is the released code's smoothing, not the true ratio of sequence probabilities. The
-        temperature acts on tokens too, as in the control-task code (the language-model code has none there).
+    Differs: the length average is the released code's smoothing, not the true ratio of sequence
+        probabilities. The temperature acts on tokens too, as in the control-task code (the language-model
+        code has none there).
 
     Example:
         >>> from torch import tensor
@@ -129,33 +132,34 @@ def iw_sft(
 ) -> Loss:
     r"""Importance-weighted fine-tuning: a bound on the RL objective that stays tight as the policy moves.
 
-    Fine-tuning on curated data maximises $E_{\pi_{ref}}[R\,(1 + \log p_\theta - \log \pi_{ref})]$, a lower bound of
-    the expected reward that is tight only at $p_\theta = \pi_{ref}$. With any q in between the bound becomes
-    $E_{D^+}\big[\frac{q(\tau)}{\pi_{ref}(\tau)} \log p_\theta(\tau)\big]$, tight at $q = p_\theta$. The loss is
-    $-\frac{1}{N}\sum_b w_b \sum_t \log p_\theta(y_{bt})$ with $w$ from `iw_weights`.
+    Fine-tuning on curated data maximises $E_{\pi_{ref}}[R\,(1 + \log p_\theta - \log \pi_{ref})]$, a lower
+    bound of the expected reward that is tight only at $p_\theta = \pi_{ref}$. With any q in between the bound
+    becomes $E_{D^+}\big[\frac{q(\tau)}{\pi_{ref}(\tau)} \log p_\theta(\tau)\big]$, tight at $q = p_\theta$.
+    The loss is $-\frac{1}{N}\sum_b w_b \sum_t \log p_\theta(y_{bt})$ with $w$ from `iw_weights`.
 
     Args:
         logps: log-probs of the labels under the trained policy, nats, [B, T]; gradient flows.
-        ref_logps: log-probs under the policy that wrote the data (or the model before fine-tuning), nats, [B, T].
+        ref_logps: log-probs under the policy that wrote the data (or before fine-tuning), nats, [B, T].
         mask: True = response token, [B, T].
-        q_logps: log-probs under q, nats, [B, T]. None: the trained policy itself, as in the authors' language-model
-            run; their control tasks take a running average of it.
+        q_logps: log-probs under q, nats, [B, T]. None: the trained policy itself, as in the authors'
+            language-model run; their control tasks take a running average of it.
         level: "sequence" or "token", see `iw_weights`.
         temperature: sharpness of the ratio; 0 is plain fine-tuning.
         clip: lowest and highest weight.
         denom: tokens of the whole accumulated batch, *not* the sum of the weights. None: tokens of this call.
 
     Returns:
-        Scalar in nats; equals `nll` while q and the reference agree; 0 with zero gradient when nothing counts.
+        Scalar in nats; equals `nll` while q and the reference agree; 0 with zero gradient when nothing
+        counts.
 
     Raises:
         ValueError: as `nll` and `iw_weights`.
         TypeError: ``mask`` is not bool.
 
-    Source: iw-SFT (2025) arXiv:2507.12856 §"importance weighted SFT"
+    Source: iw-SFT (2025) arXiv:2507.12856 IwSFTLoss of the released code
     Basis: authors' code: equal to its numbers row by row; the paper's equations second-hand.
-    Differs: rows may share a batch; the released broadcast is right for one row per call only. Nothing falls back to
-        the unweighted loss when no token count is given.
+    Differs: rows may share a batch; the released broadcast is right for one row per call only. Nothing falls
+        back to the unweighted loss when no token count is given.
 
     Example:
         >>> from torch import tensor
