@@ -1,0 +1,229 @@
+"""From rows to tokens: what text the model sees, which part each character belongs to, and where tokens must split.
+
+A row becomes *pieces*, ``(text, codes)`` with one code (segment, step, turn) per character. A piece begins wherever the
+model begins to write, so that its tokens are those of the sampling side: the prompt's never merge with the completion's.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+PAD, PROMPT, THOUGHT, ANSWER, SPECIAL, TOOL = range(6)
+
+Code = tuple[int, int, int]
+Piece = tuple[str, list[Code]]
+
+_PROBE = "cotkitprobe"
+_BEFORE = ("\n", "a", ".", "0", " ")  # texts to put in front of a piece so that it is not read as a text's beginning
+
+
+def check_tokenizer(fn: str, tokenizer: Any) -> None:
+    """Raise unless the tokenizer is a fast one with an end token."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"{fn}: expected a fast tokenizer (character offsets), got {type(tokenizer).__name__}. "
+            f"Load it with transformers.AutoTokenizer."
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{fn}: expected a tokenizer with an end token, got none. Set tokenizer.eos_token.")
+
+
+def row_pieces(where: str, row: Any, tokenizer: Any, fmt: Any) -> tuple[list[Piece], list[str], bool]:
+    """Pieces of a row (prompt, completion, prompt, ...) and the completions' texts; the end token is not in them."""
+    if not isinstance(row, Mapping):
+        raise TypeError(f"{where}: expected a dict with prompt and completion, got {type(row).__name__}.")
+    for name in ("prompt", "completion"):
+        if name not in row:
+            raise ValueError(f"{where}: expected prompt and completion, got {sorted(row)}. Rename the columns.")
+    prompt, completion = row["prompt"], row["completion"]
+    kinds = [_kind(where, name, value) for name, value in (("prompt", prompt), ("completion", completion))]
+    if kinds == ["messages", "text"]:
+        completion = [{"role": "assistant", "content": completion}]
+    elif kinds == ["text", "messages"]:
+        raise ValueError(f"{where}: expected prompt as messages too, got a string. Use [dict(role='user', content=...)].")
+    if kinds[0] == "text":
+        body = completion.removesuffix(tokenizer.eos_token)
+        pieces: list[Piece] = [(prompt, [(PROMPT, -1, 0)] * len(prompt)), (body, _body(body, fmt, 1, 0))]
+        texts = [body]
+    else:
+        pieces, texts = _chat(where, list(prompt), list(completion), row, tokenizer, fmt)
+    for text, _ in pieces:
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(f"{where}: expected text, got a lone surrogate (half a character). Repair the string.")
+    return pieces, texts, kinds[0] == "messages"
+
+
+def _kind(where: str, name: str, value: Any) -> str:
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, Sequence) and all(isinstance(m, Mapping) and "role" in m for m in value):
+        return "messages"
+    raise TypeError(f"{where}: expected {name} as a string or chat messages (dicts with role), got {value!r:.80}.")
+
+
+def _body(text: str, fmt: Any, turn: int, first: int) -> list[Code]:
+    codes: list[Code] = []
+    for start, end, segment, step in fmt.spans(text):
+        codes += [(segment, step + first if step >= 0 else -1, turn)] * (end - start)
+    return codes
+
+
+def _chat(where: str, prompt: list, completion: list, row: Mapping, tokenizer: Any, fmt: Any) -> tuple:
+    if not tokenizer.chat_template:
+        raise ValueError(f"{where}: expected a tokenizer with a chat template, got none. Set tokenizer.chat_template.")
+    while completion and completion[0]["role"] != "assistant":
+        prompt.append(completion.pop(0))
+    if not completion or completion[-1]["role"] != "assistant":
+        raise ValueError(f"{where}: expected a completion that ends with an assistant message, got none there.")
+
+    def render(messages: list, generate: bool) -> str:
+        extra = row.get("chat_template_kwargs") or {}
+        return tokenizer.apply_chat_template(
+            messages, tools=row.get("tools"), tokenize=False, add_generation_prompt=generate, **extra
+        )
+
+    history, pieces, texts, steps = prompt, [], [], 0
+    for turn, message in enumerate(completion, len(prompt)):
+        if message["role"] != "assistant":
+            history = [*history, message]
+            continue
+        head = render(history, True) if history else ""
+        probed = render([*history, {"role": "assistant", "content": _PROBE}], False)
+        lead, found, tail = probed.rpartition(_PROBE)
+        if not found:
+            raise ValueError(f"{where}: expected a chat template that shows assistant messages, got one that drops them.")
+        lead = lead[len(head) :] if lead.startswith(head) else ""
+        if any(tag and tag in lead for tag in (fmt.open, fmt.close)):
+            lead = ""  # an empty thought that the template puts in front of plain content
+        tail = tail.partition(tokenizer.eos_token)[0].rstrip() if turn == len(prompt) + len(completion) - 1 else tail
+        body = _after_prefill(where, message_text(where, message, fmt), head, fmt)
+        if pieces:  # the turns before: what the template writes between the last completion and this one
+            marked = [*before, {"role": "assistant", "content": _PROBE}, *history[len(before) + 1 :]]
+            between = render(marked, True).rpartition(_PROBE)[2]
+            pieces[-1] = _join(pieces[-1], _bridge(between, inner_tail, history[len(before) + 1 :], turn, tokenizer))
+        else:
+            pieces.append((head, _prompt(head, prompt)))
+        codes = _body(body, fmt, turn, steps)
+        steps = max([steps, *(step + 1 for _, step, _ in codes)])
+        pieces.append(_join((lead, [(SPECIAL, -1, turn)] * len(lead)), (body, codes)))
+        texts.append(body)
+        before, inner_tail, history = history, tail, [*history, message]
+    return [*pieces[:-1], _join(pieces[-1], (tail, [(SPECIAL, -1, turn)] * len(tail)))], texts
+
+
+def message_text(where: str, message: Mapping, fmt: Any) -> str:
+    """The text of an assistant message, its separate thought (``reasoning_content``) put into the format's tags."""
+    content = message.get("content") or ""
+    if not isinstance(content, str):
+        if any(part.get("type") != "text" for part in content):
+            raise TypeError(f"{where}: expected an assistant message of text, got {content!r:.80}.")
+        content = "".join(part["text"] for part in content)
+    if message.get("tool_calls"):
+        raise ValueError(f"{where}: expected tool calls written in content, got tool_calls. Write them as text.")
+    thought = message.get("reasoning_content") or message.get("thinking")
+    if not thought:
+        return content
+    if not fmt.close:
+        return f"{thought}\n{content}"
+    return f"{fmt.open}\n{thought.strip()}\n{fmt.close}\n{content}"
+
+
+def _after_prefill(where: str, body: str, head: str, fmt: Any) -> str:
+    shown = head.rstrip()
+    if fmt.close and shown.endswith(fmt.close) and fmt.parse(body).thought:
+        raise ValueError(
+            f"{where}: expected a template that leaves the thought open, got one that ends the prompt with "
+            f"{fmt.close!r}. Switch thinking on (chat_template_kwargs) or drop the thought."
+        )
+    inner = body.lstrip()
+    if not (fmt.open and shown.endswith(fmt.open) and inner.startswith(fmt.open)):
+        return body
+    inner = inner[len(fmt.open) :]
+    return inner.lstrip("\n") if head.endswith("\n") else inner
+
+
+def _prompt(head: str, messages: list) -> list[Code]:
+    codes, at = [(PROMPT, -1, -1)] * len(head), 0
+    for turn, message in enumerate(messages):
+        content = message.get("content")
+        content = content.strip() if isinstance(content, str) else ""
+        found = head.find(content, at) if content else -1
+        if found >= 0:
+            at = found + len(content)
+            codes[found:at] = [(PROMPT, -1, turn)] * len(content)
+    return codes
+
+
+def _bridge(text: str, tail: str, messages: list, turn: int, tokenizer: Any) -> Piece:
+    """What stands between two completions: the end of the turn (to be written), then other messages (given)."""
+    shared = next((i for i, (a, b) in enumerate(zip(text, tail)) if a != b), min(len(text), len(tail)))
+    eos = text.find(tokenizer.eos_token)
+    written = eos + len(tokenizer.eos_token) if 0 <= eos < shared else len(text[:shared].rstrip())
+    codes = [(SPECIAL, -1, turn - len(messages) - 1)] * written + [(PROMPT, -1, -1)] * (len(text) - written)
+    at = written
+    for number, message in enumerate(messages, turn - len(messages)):
+        content = message.get("content")
+        content = content.strip() if isinstance(content, str) else ""
+        found = text.find(content, at) if content else -1
+        if found >= 0:
+            at = found + len(content)
+            codes[found:at] = [(TOOL if message["role"] == "tool" else PROMPT, -1, number)] * len(content)
+    return text, codes
+
+
+def _join(a: Piece, b: Piece) -> Piece:
+    return a[0] + b[0], a[1] + b[1]
+
+
+def tokenize(where: str, tokenizer: Any, pieces: list[Piece], *, chat: bool) -> tuple[list[int], list[Code]]:
+    """Ids and one code per token of the pieces in a row, the end token added."""
+    first = pieces[0][0]
+    ids = [] if chat else _front(tokenizer)
+    codes: list[Code] = [(PROMPT, -1, -1)] * len(ids)
+    if not ids and not first:
+        raise ValueError(
+            f"{where}: expected a prompt, got none and a tokenizer that adds no start token. "
+            f"Nothing would predict the first token; give the prompt at least one token."
+        )
+    before, seen = "", []
+    for text, marks in pieces:
+        new, new_codes = _extend(tokenizer, before, seen, text, marks)
+        before, seen, codes = before + text, seen + new, codes + new_codes
+    ids = [*ids, *seen, tokenizer.eos_token_id]
+    return ids, [*codes, (SPECIAL, -1, pieces[-1][1][-1][2] if pieces[-1][1] else 1)]
+
+
+def _front(tokenizer: Any) -> list[int]:
+    """Ids that the tokenizer puts in front of every text."""
+    plain, full = _ids(tokenizer, "a")[0], list(tokenizer("a")["input_ids"])
+    return next((full[:i] for i in range(len(full)) if full[i : i + len(plain)] == plain), [])
+
+
+def _ids(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return list(out["input_ids"]), [tuple(o) for o in out["offset_mapping"]]
+
+
+def _extend(tokenizer: Any, before: str, seen: list[int], text: str, codes: list[Code]) -> tuple[list[int], list[Code]]:
+    """Tokens of ``text`` behind ``before`` (whose ids are ``seen``); none crosses a segment's visible border."""
+    if not text:
+        return [], []
+    for front, front_ids in [(before, seen), *((s, None) for s in _BEFORE)]:
+        known = _ids(tokenizer, front)[0] if front_ids is None else front_ids
+        ids, offsets = _ids(tokenizer, front + text)
+        if ids[: len(known)] == known:
+            ids, offsets, shift = ids[len(known) :], offsets[len(known) :], len(front)
+            break
+    else:
+        (ids, offsets), shift = _ids(tokenizer, text), 0
+    marks = []
+    for start, end in offsets:
+        start, end = max(start - shift, 0), max(end - shift, 0)
+        visible = [i for i in range(start, end) if not text[i].isspace()]
+        at = visible[0] if visible else min(start, len(text) - 1)
+        split = next((i for i in range(at, end) if codes[i][0] != codes[at][0]), end)
+        if any(codes[i][0] != codes[at][0] for i in visible):
+            left = _extend(tokenizer, before, seen, text[:split], codes[:split])
+            right = _extend(tokenizer, before + text[:split], seen + left[0], text[split:], codes[split:])
+            return left[0] + right[0], left[1] + right[1]
+        marks.append(codes[at])
+    return ids, marks
