@@ -27,31 +27,41 @@ def papers() -> list[dict[str, str]]:
 
 
 def functions(package: Path = _HERE) -> list[dict[str, str]]:
-    """Return one entry per public function or value type, under its canonical path.
+    """Return one entry per public function or value type, under its canonical path, in reading order.
 
-    A name that a folder's ``__init__`` lists belongs to the folder: ``cotkit.lab.load`` of ``lab/_model.py``.
+    What a public file lists and imports from a private one is its own (``cotkit.lab.load``, ``lab/_model.py``).
     """
     found = []
     for file in sorted(package.rglob("*.py")):
         parts = file.relative_to(package).with_suffix("").parts
-        module = list(parts[:-1] if parts[-1] == "__init__" else parts)
-        if not module or module[0].startswith("_"):
+        module = parts[:-1] if parts[-1] == "__init__" else parts
+        if not module or any(part.startswith("_") for part in module) or module[0] == "notebooks":
             continue
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        listed = _listed(tree)
-        if module[-1].startswith("_"):
-            module.pop()
-            folder = file.parent / "__init__.py"
-            listed = (
-                _listed(ast.parse(folder.read_text(encoding="utf-8"))) if folder.exists() else None
-            ) or []
+        tree = _parse(file)
+        nodes = _definitions(tree)
         for node in tree.body:
-            if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
-                continue
-            if listed is None or node.name in listed:
-                name = ".".join(("cotkit", *module, node.name))
-                found.append(_entry(name, ast.get_docstring(node) or ""))
+            if isinstance(node, ast.ImportFrom) and (node.module or "").rpartition(".")[2].startswith("_"):
+                private = package.joinpath(
+                    *str(node.module).split(".")[0 if node.level else 1 :]
+                ).with_suffix(".py")
+                if node.level:
+                    private = file.parent / private.name
+                there = _definitions(_parse(private)) if private.exists() else {}
+                nodes |= {a.asname or a.name: there[a.name] for a in node.names if a.name in there}
+        for name in _listed(tree) or [n for n in nodes if not n.startswith("_") and n in _definitions(tree)]:
+            if name in nodes:
+                found.append(
+                    _entry(".".join(("cotkit", *module, name)), ast.get_docstring(nodes[name]) or "")
+                )
     return found
+
+
+def _parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def _definitions(tree: ast.Module) -> dict[str, ast.FunctionDef | ast.ClassDef]:
+    return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
 
 
 def _listed(tree: ast.Module) -> list[str] | None:

@@ -3,9 +3,9 @@
     python scripts/index.py            write them
     python scripts/index.py --check    say what is out of step and exit with 1
 
-The ``Source:`` lines of docstrings decide which functions serve a paper. A notebook section belongs to it when
-its text names the arXiv number or its heading the short name (both, if no function serves the paper). Verdicts
-are read from ``notebooks/CLAIMS.md``.
+The ``Source:`` lines of docstrings decide which functions serve a paper. A notebook section belongs to it if
+its text names the arXiv number or its heading the short name (both, if no function serves it). Verdicts are
+read from ``notebooks/CLAIMS.md``.
 """
 
 import csv
