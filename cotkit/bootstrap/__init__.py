@@ -1,0 +1,1 @@
+"""A model that writes and a reward in, new rows out."""

@@ -1,0 +1,1 @@
+"""A row in, a changed row out."""
