@@ -208,8 +208,8 @@ def claim(
     measured: dict[str, Any] = (_one_run if one_seed else _many_runs)(
         difference, bases, seeds, sign, shown["smallest_effect"], form
     )
-    ends = sorted((sign * measured["low"], sign * measured["high"]))
-    verdict = _verdict(*ends, shown["smallest_effect"], form)
+    low, high = sorted((sign * measured["low"], sign * measured["high"]))
+    verdict = _verdict(low, high, shown["smallest_effect"], form)
     notes = _planned(entry, bases, seeds, difference)
     wrong = [] if one_seed or form != "trend" else _wrong_steps(values, arms, bases, seeds, sign)
     if wrong:
@@ -383,7 +383,7 @@ def _weights(
         x = np.asarray(entry["trend"], dtype=float)
         if len(x) != len(arms) or len(x) < 3 or not (np.diff(x) > 0).all():
             raise ValueError(
-                f"claim {name}: expected a growing setting for each of {len(arms)} arms, 3 or more, got {list(x)}."
+                f"claim {name}: expected a growing setting for each of the {len(arms)} arms, got {list(x)}."
             )
         centred = x - x.mean()
         slope = centred / (centred**2).sum() * (x[-1] - x[0])
@@ -426,7 +426,7 @@ def _runs(
             keys = list(zip(base, part["seed"], strict=True))
             if len(set(keys)) != len(keys):
                 raise ValueError(f"claim {name}: expected one row per arm, base and seed, got {arm!r} twice.")
-            cells = (
+            numbers = (
                 unpack(v) if isinstance(v, str) else np.atleast_1d(np.asarray(v, float)) for v in part[metric]
             )
             runs[arm] = dict(zip(keys, numbers, strict=True))

@@ -24,7 +24,7 @@ def quantile(alpha: float, df: float) -> float:
     low, high = 0.0, 2.0
     while two_sided_p(high, df) > alpha and high < 1e12:
         low, high = high, high * 2
-    for _ in range(70):
+    for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if two_sided_p(middle, df) > alpha else (low, middle)
     return (low + high) / 2
@@ -132,7 +132,7 @@ def p_value(distance: float, terms: list[tuple[float, float, str]]) -> float:
     low, high = math.log(1e-12), 0.0
     if distance >= half_width(terms, 1e-12):
         return 1e-12
-    for _ in range(45):
+    for _ in range(30):
         middle = (low + high) / 2
         low, high = (middle, high) if half_width(terms, math.exp(middle)) > distance else (low, middle)
     return math.exp((low + high) / 2)
