@@ -29,7 +29,7 @@ def papers() -> list[dict[str, str]]:
 def functions(package: Path = _HERE) -> list[dict[str, str]]:
     """Return one entry per public function or value type, under its canonical path, in reading order.
 
-    What a public file lists and imports from a private one is its own (``cotkit.lab.load``, ``lab/_model.py``).
+    What a public file lists and imports from a private one is its own: ``cotkit.lab.load``.
     """
     found = []
     for file in sorted(package.rglob("*.py")):
