@@ -4,7 +4,7 @@ from typing import Any
 
 
 def text_of(completion: Any) -> str:
-    """The text of a string, of the last assistant message, or of a message made of parts; anything else is empty."""
+    """Text of a string, of the last assistant message, or of a message made of parts; else nothing."""
     if isinstance(completion, str):
         return completion
     if isinstance(completion, list | tuple) and completion:

@@ -1,7 +1,8 @@
-"""The caller's side of the LaTeX worker: started on first use, killed when late, started again on the next call.
+"""The caller's side of the LaTeX worker: started on first use, killed when late, started again on demand.
 
-No signals and no multiprocessing: it works from any thread, inside asyncio, in notebooks and in scripts without a main
-guard. One lock makes callers take turns; a forked child forgets its parent's worker and starts its own.
+No signals and no multiprocessing: it works from any thread, inside asyncio, in notebooks and in scripts
+without a main guard. One lock makes callers take turns; a forked child forgets its parent's worker and
+starts its own.
 """
 
 import atexit
@@ -26,7 +27,7 @@ _lock = threading.Lock()
 _worker: "tuple[subprocess.Popen[bytes], queue.Queue[bytes]] | None" = None
 
 
-class _Late(Exception):
+class _LateError(Exception):
     pass
 
 
@@ -39,7 +40,7 @@ def verify(gold: str, answer: str, tol: float, seconds: float = TIMEOUT) -> bool
         return None
     try:
         return _ask(gold, answer, tol, seconds)
-    except _Late:
+    except _LateError:
         return False
 
 
@@ -60,7 +61,7 @@ def _ask(gold: str, answer: str, tol: float, seconds: float) -> bool | None:
             return json.loads(lines.get(timeout=seconds))
         except (OSError, ValueError, queue.Empty) as error:  # died, wrote nonsense, or is late
             _stop()
-            raise _Late from error
+            raise _LateError from error
 
 
 def _running() -> "tuple[subprocess.Popen[bytes], queue.Queue[bytes]]":

@@ -1,7 +1,7 @@
-"""A process of its own that compares LaTeX with math-verify: one JSON request per line in, one verdict per line out.
+"""A process that compares LaTeX with math-verify: one JSON request per line in, one verdict per line out.
 
-It runs as a script, imports nothing of cotkit, and bounds its own memory and CPU time, so that nothing it is given can
-outlive or starve the process that asked.
+It runs as a script, imports nothing of cotkit, and bounds its own memory and CPU time, so that nothing it is
+given can outlive or starve the process that asked.
 """
 
 import json
@@ -56,7 +56,8 @@ def _same(gold: str, answer: str, tol: float) -> "bool | None":
 
 
 def _close(a: object, b: object, tol: float) -> "bool | None":
-    # math-verify rounds to six decimals and so takes 1/2004! for 1/2006!; two real numbers are compared here instead
+    # math-verify rounds to six decimals and so takes 1/2004! for 1/2006!; two real numbers are compared here
+    # instead
     from sympy import Abs, Expr, N
 
     if not (isinstance(a, Expr) and isinstance(b, Expr) and a.is_number and b.is_number):

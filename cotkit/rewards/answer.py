@@ -1,10 +1,11 @@
 r"""Final answers: find the one a completion gives, and say whether it is the right one.
 
-Conventions: the answer is read after the last ``</think>`` and nowhere else; a thought that was opened and never closed
-has no answer; nothing is guessed (a number that merely stands last counts only with ``fmt="number"``). ``None`` as an
-answer means that there is none, ``None`` as a reward that the gold cannot be read. Hostile text (``9**9**9**9``, a
-megabyte of braces, NUL, lone surrogates, a number of 100,000 digits) costs milliseconds and raises nothing; LaTeX goes
-to math-verify in a process that is killed when it takes too long.
+Conventions: the answer is read after the last ``</think>`` and nowhere else; a thought that was opened and
+never closed has no answer; nothing is guessed (a number that merely stands last counts only with
+``fmt="number"``). ``None`` as an answer means that there is none, ``None`` as a reward that the gold cannot
+be read. Hostile text (``9**9**9**9``, a megabyte of braces, NUL, lone surrogates, a number of 100,000 digits)
+costs milliseconds and raises nothing; LaTeX goes to math-verify in a process that is killed when it takes
+too long.
 Functions: ``extract_answer`` text -> answer; ``same_answer`` two answers -> bool; ``accuracy`` the reward;
 ``score_one`` the same for one sample.
 """
@@ -21,7 +22,7 @@ from cotkit._check import at_least, finite, one_of
 from cotkit.rewards import _verify
 from cotkit.rewards._text import column_of, text_of
 
-__all__ = ["extract_answer", "same_answer", "accuracy", "score_one"]
+__all__ = ["accuracy", "extract_answer", "same_answer", "score_one"]
 
 _FORMATS = ("auto", "think", "gsm8k", "boxed", "plain", "tag", "number", "letter")
 _TAIL = 20_000  # characters: a final answer stands at the end
@@ -35,32 +36,35 @@ _TAG = re.compile(r"<answer>", re.I)
 _END_TAG = re.compile(r"</answer>", re.I)
 _SENTENCE = re.compile(r"[.!](?=\s)")
 _LETTER = re.compile(r"(?<![A-Za-z0-9])\(?([A-Z])\)?(?![A-Za-z0-9'’])")
-_LAST_NUMBER = re.compile(r"[-+]?[$€£¥]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+)?(?:/\d+)?%?")
+_LAST_NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?%?|\.\d+")
 
 
 def extract_answer(completion: Any, fmt: Any = "auto") -> str | None:
     r"""The final answer that a completion states, as text, or None; never a guess.
 
     Only what follows the last ``</think>`` is read. There the marker that stands last wins: ``\boxed{n}``,
-    ``#### n``, a last line ``A: n``, ``<answer>n</answer>``, "the answer is n" / "Answer: n". Without a marker the
-    answer is the text itself if it is one line after a closed thought, or one bare number or word with no thought.
-    A marker with nothing behind it, or with its bracket not closed, gives None, though an earlier one may be whole.
+    ``#### n``, a last line ``A: n``, ``<answer>n</answer>``, "the answer is n" / "Answer: n". Without a
+    marker the answer is the text itself if it is one line after a closed thought, or one bare number or word
+    with no thought. A marker with nothing behind it, or with its bracket not closed, gives None, though an
+    earlier one may be whole.
 
     Args:
         completion: text, or chat messages (the last assistant message is read).
-        fmt: "auto" as above; or one marker alone: "think" all that follows the thought (which must be closed),
-            "gsm8k" ``#### n`` or a last line ``A: n``, "boxed", "plain" "the answer is n", "tag" ``<answer>``; or on
-            request "number" the last number, "letter" the last capital that stands alone. A ``tokens.Format`` is asked
-            for its own ``parse(text).answer``.
+        fmt: "auto" as above; or one marker alone: "think" all that follows the thought (which must be
+            closed), "gsm8k" ``#### n`` or a last line ``A: n``, "boxed", "plain" "the answer is n", "tag"
+            ``<answer>``; or on request "number" the last number, "letter" the last capital that stands
+            alone. A ``tokens.Format`` is asked for its own ``parse(text).answer``.
 
     Returns:
-        The answer without its marker, spaces, ``$`` signs, bold marks and final full stop; None when there is none.
+        The answer without its marker, spaces, ``$`` signs, bold marks and final full stop; None when there
+        is none.
 
     Raises:
         ValueError: a ``fmt`` that does not exist.
 
     Source: none (plumbing)
-    Basis: conventions of GSM8K (``####``), its published model solutions (``A:``), MATH (``\boxed``) and R1 (tags).
+    Basis: conventions of GSM8K (``####``), its published model solutions (``A:``), MATH (``\boxed``) and R1
+    (tags).
     Differs: other graders fall back to the last number of the text, and read boxes inside the thought.
 
     Example:
@@ -80,8 +84,7 @@ def extract_answer(completion: Any, fmt: Any = "auto") -> str | None:
         return None
     segment = segment[-_TAIL:]
     if fmt == "number":
-        found = [m.group() for m in _LAST_NUMBER.finditer(segment) if any(c.isdigit() for c in m.group())]
-        return found[-1].lstrip("+") if found else None
+        return _last_number(segment)
     if fmt == "letter":
         letters = _LETTER.findall(segment)
         return letters[-1] if letters else None
@@ -90,8 +93,18 @@ def extract_answer(completion: Any, fmt: Any = "auto") -> str | None:
     return _marked(segment, fmt, thought, 3)
 
 
+def _last_number(text: str) -> str | None:
+    found = None
+    for found in _LAST_NUMBER.finditer(text):  # noqa: B007  the last one is wanted
+        pass
+    if found is None:
+        return None
+    before = re.search(r"(?:(?<![\w)])[-−])?[$€£¥]?$", text[max(0, found.start() - 3) : found.start()])
+    return (before.group() if before else "") + found.group()
+
+
 def _segment(text: str) -> tuple[str | None, bool]:
-    """What follows the last closed thought (None when a thought is still open), and whether there was a thought."""
+    """What follows the last closed thought (None when one is still open), and whether there was one."""
     closed = text.rfind("</think>")
     if text.rfind("<think>") > closed:
         return None, True
@@ -222,8 +235,11 @@ _OVER = re.compile(r"\s?/\s?(\d+)")
 _MIXED = re.compile(r"\s(\d+)/(\d+)")
 _UNIT = re.compile(r"\s?(?:[^\W\d_]+|[°$€£¥₹])(?:(?:[ -]|\s?/\s?)[^\W\d_]+){0,3}(?:\^?[23]|[²³])?\.?")
 _NOT_UNITS = frozenset(
-    "or and but not no if because since so plus minus than half third quarter over divided squared cubed dozen hundred "
-    "by to out of less more negative point remainder r x y z n e i pi is are was".split()
+    re.findall(
+        r"\w+",
+        "or and but not no if because since so plus minus than half third quarter over divided squared cubed "
+        "dozen hundred by to out of less more negative point remainder r x y z n e i pi is are was",
+    )
 )
 _TIMES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _CURRENCY = {
@@ -244,7 +260,7 @@ _LATEX_SPACE = re.compile(r"\\[,!;: ]|\\q?quad(?![a-zA-Z])|\\(?:left|right)(?![a
 
 
 def _plain(text: str) -> str:
-    """Undo the typesetting that changes no value: odd minus signs and spaces, units in text, simple fractions."""
+    """Undo typesetting that changes no value: odd signs and spaces, units in text, simple fractions."""
     if not text.isascii():
         text = text.translate(_SAME_CHARACTER)
     if "\\" in text or "{" in text:
@@ -320,26 +336,28 @@ def _with_unit(value: Fraction, rounded: bool, unit: str, rest: str) -> _Number 
 def same_answer(a: Any, b: Any, *, tol: float = 1e-6, percent: bool = False) -> bool:
     r"""Whether two answers mean the same.
 
-    Equal text; else equal numbers (thousands separators, currency, units, fractions, mixed numbers, percent, all in
-    exact arithmetic); else equal lists or sets of such; else, if both look like mathematics, math-verify says.
+    Equal text; else equal numbers (thousands separators, currency, units, fractions, mixed numbers, percent,
+    all in exact arithmetic); else equal lists or sets of such; else, if both look like mathematics,
+    math-verify says.
 
     Args:
         a: the answer given; anything that is neither text nor number is the same as nothing.
         b: the right answer; math-verify is not symmetric, so the order matters for LaTeX.
-        tol: a decimal may differ by ``tol``, absolute above 1 and relative below (1/3 and 0.333333 agree, 0.333 does
-            not). Integers and fractions must be equal. At least 0.
+        tol: a decimal may differ by ``tol``, absolute above 1 and relative below (1/3 and 0.333333 agree,
+            0.333 does not). Integers and fractions must be equal. At least 0.
         percent: True also lets 50% agree with 50. By default it agrees with 0.5 and 1/2 alone.
 
     Returns:
-        True or False. A unit that only one side names is ignored (18 and 18 dollars), two different units are not.
-        Words are compared without regard to case, a choice (B) without its brackets.
+        True or False. A unit that only one side names is ignored (18 and 18 dollars), two different units
+        are not. Words are compared without regard to case, a choice (B) without its brackets.
 
     Raises:
         ValueError: ``tol`` below 0.
 
     Source: none (plumbing)
     Basis: our own rules, held against math-verify 0.9 and the labels of 5,276 GSM8K solutions.
-    Differs: math-verify rounds to six decimals, so that two tiny numbers are equal, and reads number bases as factors.
+    Differs: math-verify rounds to six decimals, so that two tiny numbers are equal, and reads number bases
+    as factors.
 
     Example:
         >>> same_answer("$1,234.00", "1234"), same_answer("50%", "1/2"), same_answer("1.0001", "1")
@@ -383,7 +401,7 @@ def _same(x: str, y: str, tol: float, percent: bool) -> bool:
 
 
 def _string(value: Any) -> str | None:
-    """Text of an answer; None, NaN, infinities, truth values and everything else that is no answer give None."""
+    """Text of an answer; None for None, NaN, infinities, truth values and all that is no answer."""
     if isinstance(value, str):
         return value.strip() or None
     if isinstance(value, bool) or not isinstance(value, Real) or not isfinite(value):
@@ -477,10 +495,11 @@ def _same_items(xs: tuple[str, list[str]], ys: tuple[str, list[str]], tol: float
 
 
 _BASE = re.compile(r"\d\s?_\s?\{?\d")
+_POWER_OF_TEN = re.compile(r"\d[eE][-+]?\d")  # one that _number refused as too large
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _WORD = re.compile(r"[^\W\d_]{3,}")
 _FUNCTIONS = frozenset(
-    "sqrt sin cos tan log exp arcsin arccos arctan max min gcd lcm mod inf infty infinity".split()
+    re.findall(r"\w+", "sqrt sin cos tan log exp arcsin arccos arctan max min gcd lcm mod inf infty infinity")
 )
 
 
@@ -492,7 +511,13 @@ def _worth_a_look(text: str, number: _Number | None) -> bool:
     """Whether a text may be mathematics: no prose, no number base, no tower of powers, not too deep."""
     if number is not None:
         return True
-    if _BASE.search(text) or "**" in text or text.count("{") > 60 or text.count("(") > 60:
+    if (
+        _BASE.search(text)
+        or _POWER_OF_TEN.search(text)
+        or "**" in text
+        or text.count("{") > 60
+        or text.count("(") > 60
+    ):
         return False
     if text.count("{") != text.count("}") or any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in text):
         return False
@@ -527,12 +552,12 @@ def score_one(
         right: reward of a right answer.
         wrong: reward of an answer that is not right.
         missing: reward when there is no answer.
-        abstain: (is_abstention, value): an answer, or an answer segment without a marked answer, that is not right
-            and for which ``is_abstention(text)`` holds gets ``value``.
+        abstain: (is_abstention, value): an answer, or an answer segment without a marked answer, that is not
+            right and for which ``is_abstention(text)`` holds gets ``value``.
 
     Returns:
-        One of the four values, or None when the gold cannot be read: it is empty, no text and no finite number, or
-        LaTeX that math-verify does not parse.
+        One of the four values, or None when the gold cannot be read: it is empty, no text and no finite
+        number, or LaTeX that math-verify does not parse.
 
     Source: none (plumbing)
     Basis: our own rules.
@@ -600,14 +625,16 @@ def accuracy(
         abstain: (is_abstention, value) for completions that decline; a right answer is never an abstention.
 
     Returns:
-        ``reward(prompts, completions, **columns) -> list[float | None]``; None where the gold cannot be read. It can
-        be pickled, is logged as ``accuracy``, and ``reward.score_one(completion, gold)`` scores one sample.
+        ``reward(prompts, completions, **columns) -> list[float | None]``; None where the gold cannot be
+        read. It can be pickled, is logged as ``accuracy``, and ``reward.score_one(completion, gold)`` scores
+        one sample.
 
     Raises:
         ValueError: a value is not finite; when called, the column is missing or too short.
         TypeError: a value is no number, ``extract`` or ``same`` cannot be called.
 
-    Source: ReFT (2024) arXiv:2401.08967 (with ``wrong=0.1``: partial credit for a number that is there but wrong)
+    Source: ReFT (2024) arXiv:2401.08967 (with ``wrong=0.1``: partial credit for a number that is there but
+    wrong)
     Basis: second-hand
     Differs: a gold that cannot be read gives None, which TRL leaves out of the group, instead of 0 or 1.
 
