@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import trl_worker as worker
+
 from cotkit import tokens
 from cotkit.interop import trl as bridge
 from cotkit.losses.sft import nll
@@ -19,14 +20,17 @@ HERE = Path(__file__).parent
 def close(got, want):
     assert got.keys() == want.keys()
     for name, value in want.items():
-        torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            got[name], value, rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Parameters after one step over eight items in one micro-batch of one process."""
     return {
-        name: worker.step(name, tmp_path_factory.mktemp(name), batch=8, accumulation=1) for name in worker.LOSSES
+        name: worker.step(name, tmp_path_factory.mktemp(name), batch=8, accumulation=1)
+        for name in worker.LOSSES
     }
 
 
@@ -62,7 +66,7 @@ def test_accumulation_changes_nothing(name, accumulation, whole, tmp_path):
 
 @pytest.mark.parametrize("name", worker.LOSSES)
 def test_parts_change_nothing(name, whole, tmp_path):
-    close(worker.step(name, tmp_path, batch=4, accumulation=2, rows_per_pass=3), whole[name])
+    close(worker.step(name, tmp_path, batch=4, accumulation=2, microbatch=3), whole[name])
 
 
 def test_parts_repeat_their_dropout(tmp_path):
@@ -72,7 +76,7 @@ def test_parts_repeat_their_dropout(tmp_path):
 
     seen = []
     network = worker.model(attention_dropout=0.5)
-    trainer = bridge.sft_trainer(loss, rows_per_pass=3)(
+    trainer = bridge.sft_trainer(loss, microbatch=3)(
         network,
         worker.config(tmp_path, per_device_train_batch_size=8),
         train_dataset=worker.flat(),
@@ -94,8 +98,7 @@ def test_two_processes_equal_one(whole, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
     run = subprocess.run(
         [sys.executable, *command, str(HERE / "trl_worker.py"), str(tmp_path)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)},
@@ -119,14 +122,19 @@ def test_columns_stay_beside_their_tokens():
         for name in ("input_ids", "segments", "steps", "turns", "ref_logps", "labels"):
             assert batch[name][b, :n].tolist() == pytest.approx(rows[i][name])
         assert batch["attention_mask"][b].tolist() == [1] * n + [0] * (batch["input_ids"].shape[1] - n)
-        filled = {name: batch[name][b, n:].unique().tolist() for name in ("input_ids", "segments", "steps", "labels")}
+        filled = {
+            name: batch[name][b, n:].unique().tolist()
+            for name in ("input_ids", "segments", "steps", "labels")
+        }
         if n < batch["input_ids"].shape[1]:
             assert filled == {"input_ids": [7], "segments": [0], "steps": [-1], "labels": [-100]}
 
 
 def test_groups_are_flattened_and_counted_from_zero():
     data = worker.groups()
-    batch = bridge.collate([data[2], data[0], data[2]], columns=("rank", "gold"))  # the same group twice stays two
+    batch = bridge.collate(
+        [data[2], data[0], data[2]], columns=("rank", "gold")
+    )  # the same group twice stays two
     assert batch["group"].tolist() == [0] * 4 + [1] * 3 + [2] * 4
     assert batch["rank"].tolist() == [0, 0, 1, 1, 0, 1, 1, 0, 0, 1, 1]
     assert int(bridge._count(batch, "group")) == 3
@@ -173,7 +181,9 @@ def test_evaluation_and_logging(tmp_path):
     batch = bridge.collate(list(worker.groups()), columns=("rank", "gold"))
     batch["mask"] = batch["labels"] != -100
     network = worker.model().eval()
-    want = worker.aft(tokens.model_logps(network, batch), batch, None)  # one batch: denom None = its eight groups
+    want = worker.aft(
+        tokens.model_logps(network, batch), batch, None
+    )  # one batch: denom None = its eight groups
     assert metrics["eval_loss"] == pytest.approx(want.item(), rel=1e-5)
     trainer.train()
     assert {"loss", "entropy", "mean_token_accuracy", "num_tokens"} <= set().union(*trainer.state.log_history)
@@ -186,7 +196,10 @@ def test_a_batch_without_targets_changes_nothing(tmp_path):
     network = worker.model()
     start = {key: value.clone() for key, value in network.state_dict().items()}
     trainer = bridge.sft_trainer(worker.plain)(
-        network, worker.config(tmp_path), train_dataset=Dataset.from_list(rows), processing_class=worker.tokenizer()
+        network,
+        worker.config(tmp_path),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=worker.tokenizer(),
     )
     trainer.train()
     close(network.state_dict(), start)
@@ -260,8 +273,8 @@ def test_refusals(tmp_path):
         bridge.sft_trainer("nll")
     with pytest.raises(ValueError, match="expected unit to be one of"):
         bridge.sft_trainer(worker.plain, unit="row")
-    with pytest.raises(ValueError, match="expected rows_per_pass >= 1"):
-        bridge.sft_trainer(worker.plain, rows_per_pass=0)
+    with pytest.raises(ValueError, match="expected microbatch >= 1"):
+        bridge.sft_trainer(worker.plain, microbatch=0)
     with pytest.raises(ValueError, match=r"expected args as a trl.SFTConfig"):
         bridge.sft_trainer(worker.plain)(worker.model(), TrainingArguments(str(tmp_path), use_cpu=True))
     with pytest.raises(ValueError, match="expected columns reference in train_dataset"):
@@ -292,5 +305,6 @@ def test_the_users_arguments_are_left_alone(tmp_path):
 
 
 def test_importing_the_bridge_does_not_import_trl():
-    code = "import sys, cotkit.interop.trl; sys.exit(any(m in sys.modules for m in ('trl', 'transformers', 'datasets')))"
+    heavy = "('trl', 'transformers', 'datasets', 'peft', 'pandas')"
+    code = f"import sys, cotkit.interop.trl; sys.exit(any(m in sys.modules for m in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, check=False).returncode == 0

@@ -1,4 +1,5 @@
-"""One optimizer step through ``interop.trl``; imported by test_interop_trl.py and launched by it as two processes.
+"""One optimizer step through ``interop.trl``; imported by test_interop_trl.py and launched by it as two
+processes.
 
 Not a test file: ``python -m torch.distributed.run --nproc-per-node 2 tests/trl_worker.py OUT``.
 """
@@ -11,6 +12,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
+
 from cotkit import tokens
 from cotkit.interop.trl import sft_trainer
 from cotkit.losses.preference import constraint_alignment
@@ -25,19 +27,23 @@ def model(seed=0, **config):
     torch.manual_seed(seed)
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.3}
-    network = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, max_position_embeddings=64, **small, **ids, **config))
+    network = LlamaForCausalLM(
+        LlamaConfig(vocab_size=VOCAB, max_position_embeddings=64, **small, **ids, **config)
+    )
     return network.float()
 
 
 def tokenizer():
-    """Words w3 ... w63: enough for TRL, which only asks for pad and end tokens when the rows are encoded already."""
+    """Words w3 ... w63: TRL only asks for pad and end tokens when the rows are encoded already."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCAB))]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 def items(count=8, seed=0):
@@ -61,12 +67,14 @@ def flat():
     rows = items()
     for row in rows:
         noise = (-4 - torch.rand(len(row["labels"]), generator=draw)).tolist()
-        row["ref_logps"] = [n if label != -100 else 0.0 for n, label in zip(noise, row["labels"], strict=True)]
+        row["ref_logps"] = [
+            n if label != -100 else 0.0 for n, label in zip(noise, row["labels"], strict=True)
+        ]
     return Dataset.from_list(rows)
 
 
 def groups():
-    """Eight groups of two to four candidates; one is one-sided. ``gold`` marks the reference, ``rank`` 0 the right."""
+    """Eight groups of two to four candidates, one of them one-sided; ``gold`` marks the reference."""
     from datasets import Dataset
 
     made = []
@@ -90,7 +98,9 @@ def aft(logps, batch, denom):
     scores, valid = tokens.grouped(tokens.seq_logps(logps, batch["mask"], mean=True), batch["group"])
     rank, _ = tokens.grouped(batch["rank"], batch["group"])
     reference = batch["mask"] & (batch["gold"] == 1)[:, None]
-    return nll(logps, reference, per="sequence", denom=denom) + constraint_alignment(scores, rank, valid, denom=denom)
+    return nll(logps, reference, per="sequence", denom=denom) + constraint_alignment(
+        scores, rank, valid, denom=denom
+    )
 
 
 LOSSES = {
@@ -107,20 +117,29 @@ def config(folder, **changes):
     settings = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
     quiet = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
     backend = "gloo" if "RANK" in os.environ else None
-    cpu = {"use_cpu": True, "bf16": False, "activation_checkpointing": False, "ddp_backend": backend, "seed": 0}
+    cpu = {
+        "use_cpu": True,
+        "bf16": False,
+        "activation_checkpointing": False,
+        "ddp_backend": backend,
+        "seed": 0,
+    }
     return SFTConfig(str(folder), **{**settings, **quiet, **cpu, "max_steps": 1, **changes})
 
 
-def step(name, folder, *, batch, accumulation, rows_per_pass=None, network=None, **changes):
+def step(name, folder, *, batch, accumulation, microbatch=None, network=None, **changes):
     """Parameters after one optimizer step over ``batch * accumulation`` items per process."""
     loss, options, data = LOSSES[name]
     network = network or model()
     sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
-    trainer = sft_trainer(loss, rows_per_pass=rows_per_pass, **options)(
+    trainer = sft_trainer(loss, microbatch=microbatch, **options)(
         network, config(folder, **sizes, **changes), train_dataset=data(), processing_class=tokenizer()
     )
     trainer.train()
-    return {key: value.detach().clone() for key, value in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()}
+    return {
+        key: value.detach().clone()
+        for key, value in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()
+    }
 
 
 def main(out):
@@ -128,7 +147,7 @@ def main(out):
     for name in LOSSES:
         results[f"{name} 4x1"] = step(name, out, batch=4, accumulation=1)
         results[f"{name} 2x2"] = step(name, out, batch=2, accumulation=2)
-    results["aft 2x2 in parts"] = step("aft", out, batch=2, accumulation=2, rows_per_pass=2)
+    results["aft 2x2 in parts"] = step("aft", out, batch=2, accumulation=2, microbatch=2)
     if torch.distributed.get_rank() == 0:
         assert torch.distributed.get_world_size() == 2
         torch.save(results, f"{out}/results.pt")

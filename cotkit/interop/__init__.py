@@ -1,9 +1,9 @@
 """Bridges to the training and serving engines: the only room that knows TRL, vLLM or verl by name.
 
-A bridge is thin. It turns rows, losses and rewards of the other rooms into what the engine expects and adds no idea
-of its own. Engines are imported inside the functions that need them, never by ``import cotkit``.
-Files: ``trl`` (supervised and preference losses inside ``SFTTrainer``; rewards need no bridge, ``GRPOTrainer`` takes
-them as they are).
+A bridge is thin. It turns rows, losses and rewards of the other rooms into what the engine expects and adds
+no idea of its own. Engines are imported inside the functions that need them, never by ``import cotkit``.
+Files: ``trl`` (supervised and preference losses inside ``SFTTrainer``; rewards need no bridge,
+``GRPOTrainer`` takes them as they are), ``peft`` (an adapter folded back into its base).
 """
 
-__all__ = ["trl"]
+__all__ = ["peft", "trl"]

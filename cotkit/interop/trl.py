@@ -1,16 +1,21 @@
-"""Run any cotkit loss inside TRL's ``SFTTrainer``: accumulation, processes, checkpoints and logging are TRL's.
+"""Run any cotkit loss inside TRL's ``SFTTrainer``, which accumulates, distributes, saves and logs.
 
-Conventions: the loss is ``loss(logps [B, T], batch, denom) -> scalar``, the form that ``lab.fit`` calls too. ``batch``
-holds ``mask``, ``segments``, ``steps``, ``turns`` and the named columns as tensors; ``denom`` counts tokens, sequences
-or groups over the whole accumulated batch of all processes (None in evaluation: this batch alone). A dataset item is
-one encoded row, or one whole group: K encoded rows of a question, which therefore never part.
-Functions, in the order of use: ``dataset`` rows to encoded items; ``add_logps`` a frozen model's log-probs as a
-column; ``collate`` items to a batch; ``sft_trainer`` the trainer class for a loss.
+Conventions: the loss is ``loss(logps [B, T], batch, denom) -> scalar``, the form that ``lab.fit`` calls too.
+``batch`` holds ``mask``, ``segments``, ``steps``, ``turns`` and the named columns as tensors; ``denom``
+counts tokens, sequences or groups over the whole accumulated batch of all processes (None in evaluation: this
+batch alone). A dataset item is one encoded row, or one whole group: K encoded rows of a question, which
+therefore never part.
+Functions, in the order of use: ``dataset`` rows to encoded items; ``add_logps`` a frozen model's log-probs as
+a column; ``collate`` items to a batch; ``sft_trainer`` the trainer class for a loss; ``fit`` all of it for
+one machine, with the arguments and the history of ``lab.fit``.
 """
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,11 +25,12 @@ from torch.nn.functional import pad
 from cotkit._check import one_of
 
 if TYPE_CHECKING:
+    import pandas as pd
     from datasets import Dataset
 
     from cotkit.tokens import Format
 
-__all__ = ["dataset", "add_logps", "collate", "sft_trainer"]
+__all__ = ["add_logps", "collate", "dataset", "fit", "sft_trainer"]
 
 UNITS = ("token", "sequence", "group")
 _FILL = {"input_ids": 0, "labels": -100, "segments": 0, "steps": -1, "turns": -1}
@@ -45,20 +51,25 @@ def dataset(
     """Encode rows into the data set that ``sft_trainer`` trains on.
 
     Args:
-        rows: prompt-completion rows. With ``unit="group"`` each also has a ``group`` number; rows of one number become
-            one item, in order of first appearance.
+        rows: prompt-completion rows. With ``unit="group"`` each also has a ``group`` number; rows of one
+            number become one item, in order of first appearance.
         tokenizer: a fast Hugging Face tokenizer.
         fmt: how a thought and its answer are marked; see ``tokens.Format``.
-        columns: names of row entries that travel along: a number or bool per row, or a list with one number per token.
+        columns: names of row entries that travel along: a number or bool per row, or a list with one number
+            per token.
         unit: "token" or "sequence" give an item per row, "group" an item per group.
-        max_length: longest row in tokens; ``tokens.encode`` cuts all per-token columns alike. None keeps everything.
+        max_length: longest row in tokens; ``tokens.encode`` cuts all per-token columns alike. None keeps
+            everything.
         malformed: what ``tokens.encode`` does with a completion that does not follow ``fmt``.
 
     Returns:
-        ``datasets.Dataset`` with ``input_ids``, ``labels``, ``segments``, ``steps``, ``turns`` and ``columns``.
+        ``datasets.Dataset`` with ``input_ids``, ``labels``, ``segments``, ``steps``, ``turns`` and
+        ``columns``; with ``malformed="keep"`` also ``malformed``, so that the rows kept in spite of their
+        form can be counted.
 
     Raises:
-        ValueError: no rows, a row without a named column, a per-token column of another length, unknown ``unit``.
+        ValueError: no rows, a row without a named column, a per-token column of another length, unknown
+            ``unit``.
 
     Source: none (plumbing)
 
@@ -76,31 +87,40 @@ def dataset(
 
     one_of("dataset", UNITS, unit=unit)
     if not rows:
-        raise ValueError("dataset: expected at least one row, got none. Pass rows with prompt and completion.")
+        raise ValueError(
+            "dataset: expected at least one row, got none. Pass rows with prompt and completion."
+        )
     wanted = [*columns, *(["group"] if unit == "group" and "group" not in columns else [])]
     items: list[dict] = []
     for start in range(0, len(rows), _SLICE):
         part = list(rows[start : start + _SLICE])
-        block = encode(part, tokenizer, fmt, max_length=max_length, malformed=malformed)
+        try:
+            block = encode(part, tokenizer, fmt, max_length=max_length, malformed=malformed)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error} (Rows are counted from row {start}.)") from error
         lengths = block["attention_mask"].sum(1).tolist()
         for i, (row, length) in enumerate(zip(part, lengths, strict=True)):
-            item = {name: block[name][i, :length].tolist() for name in _ENCODED}
+            item: dict[str, Any] = {name: block[name][i, :length].tolist() for name in _ENCODED}
+            item |= {"malformed": bool(block["malformed"][i])} if "malformed" in block else {}
             items.append(item | {name: _column(row, name, start + i, length) for name in wanted})
     return Dataset.from_list(_whole_groups(items) if unit == "group" else items)
 
 
 def _column(row: dict, name: str, number: int, length: int) -> Any:
     if name not in row:
-        raise ValueError(f"dataset: expected column {name!r} in every row, got none in row {number}. Add it or drop it.")
+        raise ValueError(
+            f"dataset: expected column {name!r} in every row, got none in row {number}. Add it or drop it."
+        )
     value = row[name].tolist() if isinstance(row[name], Tensor) else row[name]
     if isinstance(value, list) and len(value) != length:
         raise ValueError(
-            f"dataset: expected {name} with {length} values (one per token) in row {number}, got {len(value)}. "
-            f"Encode first, then compute per-token columns; add_logps does both in step."
+            f"dataset: expected {name} with {length} values (one per token) in row {number}, "
+            f"got {len(value)}. Encode first, then compute per-token columns; add_logps does both in step."
         )
     if not isinstance(value, int | float | list):
         raise ValueError(
-            f"dataset: expected {name} as a number or one number per token, got {type(value).__name__} in row {number}."
+            f"dataset: expected {name} as a number or one number per token in row {number}, "
+            f"got {type(value).__name__}."
         )
     return value
 
@@ -140,7 +160,9 @@ def add_logps(data: "Dataset", model: Any, *, name: str = "ref_logps", batch_siz
     from cotkit.tokens import model_logps
 
     if name in data.column_names:
-        raise ValueError(f"add_logps: expected a new column name, got {name!r}, which is there. Drop it or rename.")
+        raise ValueError(
+            f"add_logps: expected a new column name, got {name!r}, which is there. Drop it or rename."
+        )
     device, training = next(model.parameters()).device, model.training
     model.eval()
     values: list[Any] = []
@@ -162,7 +184,9 @@ def _is_group(item: dict) -> bool:
     return bool(item["input_ids"]) and isinstance(item["input_ids"][0], list)
 
 
-def collate(items: Sequence[dict], *, columns: Sequence[str] = (), pad_id: int = 0, multiple: int = 1) -> dict:
+def collate(
+    items: Sequence[dict], *, columns: Sequence[str] = (), pad_id: int = 0, multiple: int = 1
+) -> dict:
     """Pad items on the right into one batch of tensors; groups are flattened and numbered.
 
     Args:
@@ -172,8 +196,9 @@ def collate(items: Sequence[dict], *, columns: Sequence[str] = (), pad_id: int =
         multiple: T is rounded up to a multiple of this.
 
     Returns:
-        ``input_ids``, ``attention_mask``, ``labels``, ``segments``, ``steps``, ``turns`` [B, T], the columns, and for
-        groups ``group`` [B], counted from 0 in this batch. ``labels[:, 0]`` is -100: nothing predicts the first token.
+        ``input_ids``, ``attention_mask``, ``labels``, ``segments``, ``steps``, ``turns`` [B, T], the columns,
+        and for groups ``group`` [B], counted from 0 in this batch. ``labels[:, 0]`` is -100: nothing predicts
+        the first token.
 
     Raises:
         ValueError: an item without a named column, or rows and groups mixed.
@@ -181,7 +206,13 @@ def collate(items: Sequence[dict], *, columns: Sequence[str] = (), pad_id: int =
     Source: none (plumbing)
 
     Example:
-        >>> row = {"input_ids": [5, 6], "labels": [-100, 6], "segments": [1, 2], "steps": [-1, 0], "turns": [0, 0]}
+        >>> row = {
+        ...     "input_ids": [5, 6],
+        ...     "labels": [-100, 6],
+        ...     "segments": [1, 2],
+        ...     "steps": [-1, 0],
+        ...     "turns": [0, 0],
+        ... }
         >>> longer = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "segments": [1, 2, 2]}
         >>> longer |= {"steps": [-1, 0, 0], "turns": [0, 0, 0]}
         >>> collate([row, longer])["labels"]
@@ -190,14 +221,20 @@ def collate(items: Sequence[dict], *, columns: Sequence[str] = (), pad_id: int =
     """
     nested = {_is_group(item) for item in items}
     if len(nested) != 1:
-        raise ValueError("collate: expected items of one kind, got rows and groups mixed (or nothing). Use dataset().")
+        raise ValueError(
+            "collate: expected items of one kind, got rows and groups mixed (or nothing). Use dataset()."
+        )
     grouped = nested.pop()
     for name in (*_ENCODED, *columns):
         if any(name not in item for item in items) and not (grouped and name == "group"):
-            raise ValueError(f"collate: expected column {name!r} in every item, got items without. Pass it to dataset().")
+            raise ValueError(
+                f"collate: expected column {name!r} in every item, got items without. Pass it to dataset()."
+            )
     names = [name for name in (*_ENCODED, *columns) if not (grouped and name == "group")]
     if grouped:
-        rows = [{name: item[name][k] for name in names} for item in items for k in range(len(item["input_ids"]))]
+        rows = [
+            {name: item[name][k] for name in names} for item in items for k in range(len(item["input_ids"]))
+        ]
     else:
         rows = list(items)
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
@@ -207,7 +244,9 @@ def collate(items: Sequence[dict], *, columns: Sequence[str] = (), pad_id: int =
     batch["attention_mask"] = (torch.arange(width) < lengths[:, None]).long()
     batch["labels"][:, 0] = -100
     if grouped:
-        batch["group"] = torch.tensor([number for number, item in enumerate(items) for _ in item["input_ids"]])
+        batch["group"] = torch.tensor(
+            [number for number, item in enumerate(items) for _ in item["input_ids"]]
+        )
     return batch
 
 
@@ -223,31 +262,32 @@ def sft_trainer(
     *,
     columns: Sequence[str] = (),
     unit: str = "token",
-    rows_per_pass: int | None = None,
+    microbatch: int | None = None,
 ) -> type:
     """Make an ``SFTTrainer`` subclass that trains with ``loss``.
 
-    The class takes ``model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks, optimizers``
-    as its parent does. Data come from ``dataset`` and are used as they are. One forward per row and no logits: TRL's
-    fused head gives the log-probs. The gradient of a step does not depend on how the batch is cut into micro-batches
-    and processes, as long as the loss divides by ``denom``.
+    The class takes ``model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks,
+    optimizers`` as its parent does. Data come from ``dataset`` and are used as they are. One forward per row
+    and no logits: TRL's fused head gives the log-probs. The gradient of a step does not depend on how the
+    batch is cut into micro-batches and processes, as long as the loss divides by ``denom``.
 
     Args:
         loss: ``loss(logps [B, T], batch, denom) -> scalar``; must divide by ``denom`` where it is not None.
         columns: the named columns that ``batch`` shall hold.
-        unit: what ``denom`` counts: "token" (labels that are not -100), "sequence" (rows with such a token), "group".
-        rows_per_pass: at most this many rows per forward and backward, for groups too big for the memory. Gradients
-            stay exact: one pass without gradient, d loss / d logps, then a second forward per part, with the same
-            dropout. None does all in one pass, which is a third cheaper.
+        unit: what ``denom`` counts: "token" (labels that are not -100), "sequence" (rows with such a token),
+            "group".
+        microbatch: at most this many rows per forward and backward, for groups too big for the memory.
+            Gradients stay exact: one pass without gradient, d loss / d logps, then a second forward per part,
+            with the same dropout. None does all in one pass, which is a third cheaper.
 
     Returns:
         A subclass of ``trl.SFTTrainer``.
 
     Raises:
         TypeError: ``loss`` is not callable.
-        ValueError: unknown ``unit``, ``rows_per_pass < 1``. The class itself raises ValueError for what would train
-            something else in silence: packing, padding-free batches, TRL's own loss options, LoRA on the output head,
-            a model without trainable weights, groups cut apart, sequence parallelism.
+        ValueError: unknown ``unit``, ``microbatch < 1``. The class itself raises ValueError for what would
+            train something else in silence: packing, padding-free batches, TRL's own loss options, LoRA on
+            the output head, a model without trainable weights, groups cut apart, sequence parallelism.
 
     Source: none (plumbing)
 
@@ -260,15 +300,15 @@ def sft_trainer(
     if not callable(loss):
         raise TypeError(f"sft_trainer: expected loss as a callable, got {type(loss).__name__}.")
     one_of("sft_trainer", UNITS, unit=unit)
-    if rows_per_pass is not None and (isinstance(rows_per_pass, bool) or rows_per_pass < 1):
-        raise ValueError(f"sft_trainer: expected rows_per_pass >= 1 or None, got {rows_per_pass!r}.")
+    if microbatch is not None and (isinstance(microbatch, bool) or microbatch < 1):
+        raise ValueError(f"sft_trainer: expected microbatch >= 1 or None, got {microbatch!r}.")
     columns = tuple(columns)
     from trl import SFTTrainer
 
     class CotkitSFTTrainer(SFTTrainer):  # type: ignore[misc, valid-type]
         """TRL's trainer with a cotkit loss; see ``cotkit.interop.trl.sft_trainer``."""
 
-        loss_is_scaled_for_ga = True  # the loss is divided by the count over the whole accumulated batch
+        loss_is_scaled_for_ga = True  # type: ignore[assignment]  # the loss is divided by the count over the whole accumulated batch
         _name = getattr(loss, "__name__", type(loss).__name__)
         _tag_names = ["trl", "sft", "cotkit"]  # noqa: RUF012  (TRL declares it so)
 
@@ -289,10 +329,11 @@ def sft_trainer(
             _check_model(model, peft_config)
             args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
             multiple = args.pad_to_multiple_of if isinstance(args.pad_to_multiple_of, int) else 1
+            collator = functools.partial(collate, columns=columns, multiple=multiple)
             super().__init__(
                 model=model,
                 args=args,
-                data_collator=functools.partial(collate, columns=columns, multiple=multiple),
+                data_collator=collator,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
@@ -301,16 +342,18 @@ def sft_trainer(
                 optimizers=optimizers,
             )
             pad_id = self._tokenizer.pad_token_id
-            self.data_collator.keywords["pad_id"] = 0 if pad_id is None else pad_id
-            _check_engine(self, rows_per_pass)
+            collator.keywords["pad_id"] = 0 if pad_id is None else pad_id
+            _check_engine(self, microbatch)
 
         def _set_signature_columns_if_needed(self) -> None:
-            self._signature_columns = [*_ENCODED, *columns]
+            self._signature_columns: Any = [*_ENCODED, *columns]
 
         def _send_telemetry(self) -> None:
             """Send nothing."""
 
-        def get_batch_samples(self, epoch_iterator: Iterable, num_batches: int, device: Any) -> tuple[list, Any]:
+        def get_batch_samples(
+            self, epoch_iterator: Iterator, num_batches: int, device: Any
+        ) -> tuple[list, Any]:
             samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
             if not samples:
                 return samples, None
@@ -325,7 +368,7 @@ def sft_trainer(
         ) -> Any:
             batch = {**inputs, "mask": inputs["labels"] != -100}
             fed = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
-            parts = _parts(len(fed["labels"]), rows_per_pass)
+            parts = _parts(len(fed["labels"]), microbatch)
             seen: list[Any] = []
             states: list[Any] = []
 
@@ -348,9 +391,13 @@ def sft_trainer(
             value = loss(logps, batch, num_items_in_batch)
             _check_value(value)
             if torch.is_grad_enabled() and not value.requires_grad:
-                value = value + 0.0 * logps.sum()  # a batch that counts nothing still takes part in the backward
+                value = (
+                    value + 0.0 * logps.sum()
+                )  # a batch that counts nothing still takes part in the backward
             if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-                value = value * (self.accelerator.num_processes // self.get_tp_size())  # DDP averages the gradients
+                value = value * (
+                    self.accelerator.num_processes // self.get_tp_size()
+                )  # DDP averages the gradients
             if self.aux_loss_enabled:
                 share = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
                 value = value + self.router_aux_loss_coef * out.aux_loss / share
@@ -376,6 +423,148 @@ def sft_trainer(
     return CotkitSFTTrainer
 
 
+def fit(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[dict],
+    loss: Callable[[Tensor, dict, Any], Tensor],
+    *,
+    steps: int,
+    lr: float = 3e-4,
+    batch: int = 64,
+    seed: int = 0,
+    fmt: "Format | str" = "think",
+    columns: Sequence[str] = (),
+    unit: str = "token",
+    microbatch: int | None = None,
+    warmup: float = 0.1,
+    weight_decay: float = 0.0,
+    clip: float = 1.0,
+    max_length: int | None = None,
+    malformed: str = "keep",
+) -> "pd.DataFrame":
+    """Train as ``lab.fit`` does, with TRL's trainer: what ``lab.fit(engine="trl")`` calls.
+
+    For checkpoints, several processes or evaluation during training write the two lines yourself:
+    ``sft_trainer(loss)`` with your own ``SFTConfig``.
+
+    Args:
+        model: a causal language model, plain or with an adapter; trained in place.
+        tokenizer: its tokenizer.
+        rows: prompt-completion rows; with ``unit="group"`` each has a ``group`` number.
+        loss: ``loss(logps [B, T], batch, denom) -> scalar``.
+        steps: optimizer steps.
+        lr: highest learning rate of AdamW; linear warm-up, then cosine to zero.
+        batch: rows, or groups, a step.
+        seed: order of the rows, and dropout.
+        fmt: how a thought and its answer are written.
+        columns: row entries that the loss wants.
+        unit: what ``denom`` counts: "token", "sequence" or "group".
+        microbatch: most rows in memory with gradient; see ``sft_trainer``.
+        warmup: share of the steps.
+        weight_decay: of AdamW.
+        clip: largest gradient norm.
+        max_length: longest row in tokens.
+        malformed: what ``tokens.encode`` does with a completion that does not follow ``fmt``.
+
+    Returns:
+        DataFrame with a line per step: ``step``, ``loss``, ``grad_norm``, ``lr``, ``tokens`` read,
+        ``seconds``.
+
+    Raises:
+        ValueError: what ``dataset`` and ``sft_trainer`` refuse.
+
+    Source: none (plumbing)
+
+    Example:
+        >>> history = fit(model, tokenizer, rows, loss, steps=2)  # doctest: +SKIP
+        >>> list(history.columns)  # doctest: +SKIP
+        ['step', 'loss', 'grad_norm', 'lr', 'tokens', 'seconds']
+    """
+    from trl import SFTConfig
+
+    data = dataset(
+        rows, tokenizer, fmt, columns=columns, unit=unit, max_length=max_length, malformed=malformed
+    )
+    training, device, state = model.training, next(model.parameters()).device, random.getstate()
+    devices = [device] if device.type == "cuda" else []
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices):
+        args = SFTConfig(
+            folder,
+            max_steps=steps,
+            learning_rate=lr,
+            per_device_train_batch_size=batch,
+            lr_scheduler_type="cosine",
+            warmup_steps=round(warmup * steps),
+            weight_decay=weight_decay,
+            max_grad_norm=clip,
+            optim="adamw_torch",
+            seed=seed,
+            use_cpu=device.type == "cpu",
+            bf16=False,
+            activation_checkpointing=False,
+            logging_steps=1,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = sft_trainer(loss, columns=columns, unit=unit, microbatch=microbatch)(
+            model, args, train_dataset=data, processing_class=tokenizer, callbacks=[_clock()]
+        )
+        trainer.remove_callback(_printer())
+        trainer.train()
+    random.setstate(state)
+    model.train(training)
+    _unpatch(model)
+    return _history(trainer.state.log_history)
+
+
+def _printer() -> type:
+    from transformers import PrinterCallback
+
+    return PrinterCallback
+
+
+def _clock() -> Any:
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        """Puts the seconds since the start into every line of the log."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+            self.start = time.perf_counter()
+
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+            state.log_history[-1]["seconds"] = time.perf_counter() - self.start
+
+    return Clock()
+
+
+def _unpatch(model: Any) -> None:
+    # A copy of a model with TRL's patched forward would go on computing with the weights of the original
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.__dict__.pop("forward", None)
+
+
+def _history(lines: list[dict]) -> "pd.DataFrame":
+    import pandas as pd
+
+    names = {
+        "step": "step",
+        "loss": "loss",
+        "grad_norm": "grad_norm",
+        "learning_rate": "lr",
+        "num_tokens": "tokens",
+    }
+    steps = [line for line in lines if "loss" in line]
+    table = pd.DataFrame(
+        [{new: line[old] for old, new in {**names, "seconds": "seconds"}.items()} for line in steps]
+    )
+    table["step"] -= 1
+    table["tokens"] = table["tokens"].diff().fillna(table["tokens"]).astype(int)
+    return table
+
+
 def _checked_args(args: Any) -> Any:
     from trl import SFTConfig
 
@@ -396,11 +585,13 @@ def _checked_args(args: Any) -> Any:
     for name, on in refused.items():
         if on:
             raise ValueError(
-                f"sft_trainer: expected {name} left at its default, got {getattr(args, name)!r}. The loss and the "
-                f"encoded rows decide what is trained; TRL's option would be ignored or would move the columns."
+                f"sft_trainer: expected {name} left at its default, got {getattr(args, name)!r}. The loss "
+                f"and the encoded rows decide what is trained; the option would be ignored or move columns."
             )
-    if args.accelerator_config.dispatch_batches:
-        raise ValueError("sft_trainer: expected dispatch_batches off, got True. It cuts batches between rows of a group.")
+    if getattr(args.accelerator_config, "dispatch_batches", None):
+        raise ValueError(
+            "sft_trainer: expected dispatch_batches off, got True. It cuts batches between rows of a group."
+        )
     return copy.copy(args)
 
 
@@ -409,17 +600,18 @@ def _check_data(train: Any, evaluation: Any, columns: Sequence[str], unit: str) 
     for name, data in {"train_dataset": train, **named}.items():
         if data is None and name != "train_dataset":
             continue
-        item = next(iter(data), {}) if data is not None else {}
+        item: dict = next(iter(data), {}) if data is not None else {}
         missing = [c for c in (*_ENCODED, *columns) if c not in item and c != "group"]
         if missing:
             raise ValueError(
-                f"sft_trainer: expected columns {', '.join(missing)} in {name}, got {', '.join(item) or 'nothing'}. "
-                f"Build it with interop.trl.dataset(rows, tokenizer, columns=..., unit=...)."
+                f"sft_trainer: expected columns {', '.join(missing)} in {name}, "
+                f"got {', '.join(item) or 'nothing'}. Build it with interop.trl.dataset(rows, tokenizer, "
+                f"columns=..., unit=...)."
             )
         if (unit == "group" or "group" in columns) and not _is_group(item):
             raise ValueError(
-                f"sft_trainer: expected whole groups as items of {name}, got single rows, which could fall into "
-                f"different micro-batches. Build it with interop.trl.dataset(..., unit='group')."
+                f"sft_trainer: expected whole groups as items of {name}, got single rows, which could fall "
+                f"into different micro-batches. Build it with interop.trl.dataset(..., unit='group')."
             )
 
 
@@ -427,8 +619,9 @@ def _check_model(model: Any, peft_config: Any) -> None:
     targets = getattr(peft_config, "target_modules", None) or ()
     if not isinstance(targets, str) and any(name.split(".")[-1] == "lm_head" for name in targets):
         raise ValueError(
-            "sft_trainer: expected LoRA on inner layers, got lm_head among target_modules. The fused head reads "
-            "lm_head.weight, so that adapter would never train; use target_modules='all-linear', or modules_to_save."
+            "sft_trainer: expected LoRA on inner layers, got lm_head among target_modules. The fused head "
+            "reads lm_head.weight, so that adapter would never train; use target_modules='all-linear', or "
+            "modules_to_save."
         )
     if isinstance(model, str):
         return
@@ -441,38 +634,42 @@ def _check_model(model: Any, peft_config: Any) -> None:
     if head is None or not head.weight.is_floating_point():
         kind = "none" if head is None else str(head.weight.dtype).removeprefix("torch.")
         raise ValueError(
-            f"sft_trainer: expected a floating-point output head, got {kind}. Keep lm_head out of the quantisation "
-            f"(llm_int8_skip_modules=['lm_head'])."
+            f"sft_trainer: expected a floating-point output head, got {kind}. Keep lm_head out of the "
+            f"quantisation (llm_int8_skip_modules=['lm_head'])."
         )
     if peft_config is None and not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
-            "sft_trainer: expected a model with trainable weights, got none. Load the adapter with is_trainable=True, "
-            "or pass peft_config."
+            "sft_trainer: expected a model with trainable weights, got none. Load the adapter with "
+            "is_trainable=True, or pass peft_config."
         )
 
 
-def _check_engine(trainer: Any, rows_per_pass: int | None) -> None:
+def _check_engine(trainer: Any, microbatch: int | None) -> None:
     parallel = trainer.accelerator.parallelism_config
     if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
         raise ValueError(
-            "sft_trainer: expected whole sequences on every process, got context or sequence parallelism. Use data, "
-            "tensor or FSDP parallelism."
+            "sft_trainer: expected whole sequences on every process, got context or sequence parallelism. "
+            "Use data, tensor or FSDP parallelism."
         )
-    if rows_per_pass is None:
+    if microbatch is None:
         return
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError(
-            "sft_trainer: expected one process or plain data parallelism with rows_per_pass, got FSDP or DeepSpeed. "
-            "Use smaller groups, or gradient checkpointing."
+            "sft_trainer: expected one process or plain data parallelism with microbatch, got FSDP or "
+            "DeepSpeed. Use smaller groups, or gradient checkpointing."
         )
     if trainer.aux_loss_enabled:
-        raise ValueError("sft_trainer: expected a model without routed experts with rows_per_pass, got one with.")
+        raise ValueError(
+            "sft_trainer: expected a model without routed experts with microbatch, got one with."
+        )
 
 
 def _check_value(value: Any) -> None:
     if not isinstance(value, Tensor) or value.dim() != 0:
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"sft_trainer: expected the loss to return a 0-d tensor, got {got}. Reduce it with denom.")
+        raise ValueError(
+            f"sft_trainer: expected the loss to return a 0-d tensor, got {got}. Reduce it with denom."
+        )
 
 
 def _count(batch: dict, unit: str) -> Tensor:
@@ -499,7 +696,11 @@ def _in_parts(model: Any, kwargs: dict, parts: list[slice], states: list) -> Any
         for part in parts:
             states.append(_random_state(kwargs["input_ids"].device))
             outs.append(model(**{k: v[part] if isinstance(v, Tensor) else v for k, v in kwargs.items()}))
-    joined = {k: torch.cat([o[k] for o in outs]) for k, v in outs[0].items() if isinstance(v, Tensor) and v.dim() == 2}
+    joined = {
+        k: torch.cat([o[k] for o in outs])
+        for k, v in outs[0].items()
+        if isinstance(v, Tensor) and v.dim() == 2
+    }
     return type(outs[0])(**joined)
 
 
