@@ -1,0 +1,32 @@
+"""The notebook bench: a tiny model that is really trained, a small loop, and honest tables.
+
+Functions, in the order of a notebook: ``setup`` seeds and silence; ``load`` model and tokenizer; ``rows`` data;
+``fit`` training; ``sample``, ``generator`` writing; ``evaluate`` the metric loop; ``show_segments``, ``microscope``,
+``plot_arms``, ``plot_scores`` looking; ``claim`` judging.
+"""
+
+from cotkit.lab._claim import Claim, claim, false_verdicts, holm
+from cotkit.lab._data import has_data, rows
+from cotkit.lab._generate import evaluate, generator, sample
+from cotkit.lab._model import load
+from cotkit.lab._setup import setup
+from cotkit.lab._table import Table, save_table, table
+from cotkit.lab._train import fit
+
+__all__ = [
+    "setup",
+    "load",
+    "rows",
+    "has_data",
+    "fit",
+    "sample",
+    "generator",
+    "evaluate",
+    "claim",
+    "Claim",
+    "holm",
+    "false_verdicts",
+    "save_table",
+    "Table",
+    "table",
+]
