@@ -428,7 +428,7 @@ def _equal(p: _Number, q: _Number, tol: float, percent: bool) -> bool:
         return True
     if not (p.rounded or q.rounded):
         return False
-    return abs(a - b) <= Fraction(tol) * min(1, max(abs(a), abs(b)))
+    return abs(a - b) <= Fraction(tol) * min(Fraction(1), max(abs(a), abs(b)))
 
 
 def _digits(text: str) -> str | None:

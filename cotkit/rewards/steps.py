@@ -44,8 +44,8 @@ def calculate(expression: str) -> int | Fraction | None:
     """Value of an arithmetic expression, exact and bounded; None for everything else.
 
     Args:
-        expression: numbers (``1,200``, ``.5``, ``$3``, ``20%`` = 1/5), ``+ - * / // **`` or their signs × ÷ − ^ x,
-            and parentheses; at most 300 characters.
+        expression: numbers (``1,200``, ``.5``, ``$3``, ``20%`` = 1/5), ``+ - * / // **`` or their signs × ÷ −
+            ^ x, and parentheses; at most 300 characters.
 
     Returns:
         The value, an ``int`` when whole; None when it is no such expression, divides by zero or grows beyond
@@ -131,15 +131,15 @@ def _apply(a: Fraction, sign: str, b: Fraction) -> Fraction:
 def find_equations(text: str) -> list[Equation]:
     r"""Every ``left = right`` of a text in which at least one side calculates something, in reading order.
 
-    ``<<48/2=24>>`` counts once (the plain ``48/2 = <<`` before it has no right side). A chain ``2*3 = 6 = 5+1``
-    gives an equation for each sign =. Words end an expression: ``3 apples + 4 apples = 7`` is not seen.
+    ``<<48/2=24>>`` counts once (the plain ``48/2 = <<`` before it has no right side). A chain ``2*3 = 6 =
+    5+1`` gives an equation for each sign =. Words end an expression: ``3 apples + 4 apples = 7`` is not seen.
 
     Args:
         text: any text; the first 200,000 characters are read.
 
     Returns:
-        Equations with ``left`` and ``right`` as written, ``holds`` (\|left - right\| < 0.001, False when a side has
-        no value, such as 1/0) and the positions ``start`` and ``end`` in the text.
+        Equations with ``left`` and ``right`` as written, ``holds`` (\|left - right\| < 0.001, False when a
+        side has no value, such as 1/0) and the positions ``start`` and ``end`` in the text.
 
     Source: RFT (2023) arXiv:2308.01825 (a path is kept if each of its equations holds, and is known by them)
     Basis: second-hand
@@ -234,8 +234,8 @@ def equations(*, empty: float = 0.0) -> Callable[..., list[float | None]]:
         empty: reward of a completion that writes no equation.
 
     Returns:
-        ``reward(prompts, completions, **columns) -> list[float]`` in [0, 1], logged as ``equations``; it can be
-        pickled, and ``reward.score_one(completion)`` scores one sample.
+        ``reward(prompts, completions, **columns) -> list[float]`` in [0, 1], logged as ``equations``; it can
+        be pickled, and ``reward.score_one(completion)`` scores one sample.
 
     Raises:
         ValueError: ``empty`` is not finite.
