@@ -1,7 +1,8 @@
-"""From rows to tokens: what text the model sees, which part each character belongs to, and where tokens must split.
+"""From rows to tokens: the text the model sees, the part of each character, and where tokens must split.
 
-A row becomes *pieces*, ``(text, codes)`` with one code (segment, step, turn) per character. A piece begins wherever the
-model begins to write, so that its tokens are those of the sampling side: the prompt's never merge with the completion's.
+A row becomes *pieces*, ``(text, codes)`` with one code (segment, step, turn) per character. A piece begins
+wherever the model begins to write, so that its tokens are those of the sampling side: the prompt's never
+merge with the completion's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,10 @@ Code = tuple[int, int, int]
 Piece = tuple[str, list[Code]]
 
 _PROBE = "cotkitprobe"
-_BEFORE = ("\n", "a", ".", "0", " ")  # texts to put in front of a piece so that it is not read as a text's beginning
+_SAID = {"role": "assistant", "content": _PROBE}
+_TOOL_ROLES = ("tool", "function", "ipython")
+# put in front of a piece, so that it is not read as the beginning of a text
+_BEFORE = ("\n", "a", ".", "0", " ")
 
 
 def check_tokenizer(fn: str, tokenizer: Any) -> None:
@@ -33,13 +37,17 @@ def row_pieces(where: str, row: Any, tokenizer: Any, fmt: Any) -> tuple[list[Pie
         raise TypeError(f"{where}: expected a dict with prompt and completion, got {type(row).__name__}.")
     for name in ("prompt", "completion"):
         if name not in row:
-            raise ValueError(f"{where}: expected prompt and completion, got {sorted(row)}. Rename the columns.")
+            raise ValueError(
+                f"{where}: expected prompt and completion, got {sorted(row)}. Rename the columns."
+            )
     prompt, completion = row["prompt"], row["completion"]
     kinds = [_kind(where, name, value) for name, value in (("prompt", prompt), ("completion", completion))]
     if kinds == ["messages", "text"]:
         completion = [{"role": "assistant", "content": completion}]
     elif kinds == ["text", "messages"]:
-        raise ValueError(f"{where}: expected prompt as messages too, got a string. Use [dict(role='user', content=...)].")
+        raise ValueError(
+            f"{where}: expected prompt as messages too, got a string. Wrap it in a user message."
+        )
     if kinds[0] == "text":
         body = completion.removesuffix(tokenizer.eos_token)
         pieces: list[Piece] = [(prompt, [(PROMPT, -1, 0)] * len(prompt)), (body, _body(body, fmt, 1, 0))]
@@ -48,7 +56,9 @@ def row_pieces(where: str, row: Any, tokenizer: Any, fmt: Any) -> tuple[list[Pie
         pieces, texts = _chat(where, list(prompt), list(completion), row, tokenizer, fmt)
     for text, _ in pieces:
         if any("\ud800" <= c <= "\udfff" for c in text):
-            raise ValueError(f"{where}: expected text, got a lone surrogate (half a character). Repair the string.")
+            raise ValueError(
+                f"{where}: expected text, got a lone surrogate (half a character). Repair the string."
+            )
     return pieces, texts, kinds[0] == "messages"
 
 
@@ -57,7 +67,9 @@ def _kind(where: str, name: str, value: Any) -> str:
         return "text"
     if isinstance(value, Sequence) and all(isinstance(m, Mapping) and "role" in m for m in value):
         return "messages"
-    raise TypeError(f"{where}: expected {name} as a string or chat messages (dicts with role), got {value!r:.80}.")
+    raise TypeError(
+        f"{where}: expected {name} as a string or chat messages (dicts with role), got {value!r:.80}."
+    )
 
 
 def _body(text: str, fmt: Any, turn: int, first: int) -> list[Code]:
@@ -69,11 +81,15 @@ def _body(text: str, fmt: Any, turn: int, first: int) -> list[Code]:
 
 def _chat(where: str, prompt: list, completion: list, row: Mapping, tokenizer: Any, fmt: Any) -> tuple:
     if not tokenizer.chat_template:
-        raise ValueError(f"{where}: expected a tokenizer with a chat template, got none. Set tokenizer.chat_template.")
+        raise ValueError(
+            f"{where}: expected a tokenizer with a chat template, got none. Set tokenizer.chat_template."
+        )
     while completion and completion[0]["role"] != "assistant":
         prompt.append(completion.pop(0))
     if not completion or completion[-1]["role"] != "assistant":
-        raise ValueError(f"{where}: expected a completion that ends with an assistant message, got none there.")
+        raise ValueError(
+            f"{where}: expected a completion that ends with an assistant message, got none there."
+        )
 
     def render(messages: list, generate: bool) -> str:
         extra = row.get("chat_template_kwargs") or {}
@@ -81,44 +97,50 @@ def _chat(where: str, prompt: list, completion: list, row: Mapping, tokenizer: A
             messages, tools=row.get("tools"), tokenize=False, add_generation_prompt=generate, **extra
         )
 
-    history, pieces, texts, steps = prompt, [], [], 0
+    pieces: list[Piece] = []
+    texts: list[str] = []
+    given, tail, first = prompt, "", 0
     for turn, message in enumerate(completion, len(prompt)):
-        if message["role"] != "assistant":
-            history = [*history, message]
-            continue
-        head = render(history, True) if history else ""
-        probed = render([*history, {"role": "assistant", "content": _PROBE}], False)
-        lead, found, tail = probed.rpartition(_PROBE)
-        if not found:
-            raise ValueError(f"{where}: expected a chat template that shows assistant messages, got one that drops them.")
-        lead = lead[len(head) :] if lead.startswith(head) else ""
-        if any(tag and tag in lead for tag in (fmt.open, fmt.close)):
-            lead = ""  # an empty thought that the template puts in front of plain content
-        tail = tail.partition(tokenizer.eos_token)[0].rstrip() if turn == len(prompt) + len(completion) - 1 else tail
-        body = _after_prefill(where, message_text(where, message, fmt), head, fmt)
-        if pieces:  # the turns before: what the template writes between the last completion and this one
-            marked = [*before, {"role": "assistant", "content": _PROBE}, *history[len(before) + 1 :]]
-            between = render(marked, True).rpartition(_PROBE)[2]
-            pieces[-1] = _join(pieces[-1], _bridge(between, inner_tail, history[len(before) + 1 :], turn, tokenizer))
-        else:
-            pieces.append((head, _prompt(head, prompt)))
-        codes = _body(body, fmt, turn, steps)
-        steps = max([steps, *(step + 1 for _, step, _ in codes)])
-        pieces.append(_join((lead, [(SPECIAL, -1, turn)] * len(lead)), (body, codes)))
-        texts.append(body)
-        before, inner_tail, history = history, tail, [*history, message]
-    return [*pieces[:-1], _join(pieces[-1], (tail, [(SPECIAL, -1, turn)] * len(tail)))], texts
+        if message["role"] == "assistant":
+            head = render(given, True) if given else ""
+            if pieces:
+                said = max(i for i, m in enumerate(given) if m["role"] == "assistant")
+                text = render([*given[:said], _SAID, *given[said + 1 :]], True).rpartition(_PROBE)[2]
+                pieces[-1] = _join(pieces[-1], _bridge(text, tail, said, given, tokenizer.eos_token))
+            else:
+                pieces.append((head, _placed(head, [(PROMPT, -1, -1)] * len(head), 0, 0, given)))
+            lead, found, tail = render([*given, _SAID], False).rpartition(_PROBE)
+            if not found:
+                raise ValueError(
+                    f"{where}: expected a chat template that shows assistant messages, got one that "
+                    f"drops them. Repair tokenizer.chat_template."
+                )
+            lead = lead[len(head) :] if lead.startswith(head) else ""
+            if any(tag and tag in lead for tag in (fmt.open, fmt.close)):
+                lead = ""  # an empty thought that the template puts in front of plain content
+            body = message_text(where, message, fmt).removesuffix(tokenizer.eos_token)
+            body = _after_prefill(where, body, head, fmt)
+            codes = _body(body, fmt, turn, first)
+            first = max([first, *(step + 1 for _, step, _ in codes)])
+            pieces.append((lead + body, [(SPECIAL, -1, turn)] * len(lead) + codes))
+            texts.append(body)
+        given = [*given, message]
+    tail = tail.partition(tokenizer.eos_token)[0].rstrip()
+    pieces[-1] = _join(pieces[-1], (tail, [(SPECIAL, -1, turn)] * len(tail)))
+    return pieces, texts
 
 
 def message_text(where: str, message: Mapping, fmt: Any) -> str:
-    """The text of an assistant message, its separate thought (``reasoning_content``) put into the format's tags."""
+    """The text of an assistant message, its separate thought (``reasoning_content``) put into tags."""
     content = message.get("content") or ""
     if not isinstance(content, str):
         if any(part.get("type") != "text" for part in content):
             raise TypeError(f"{where}: expected an assistant message of text, got {content!r:.80}.")
         content = "".join(part["text"] for part in content)
     if message.get("tool_calls"):
-        raise ValueError(f"{where}: expected tool calls written in content, got tool_calls. Write them as text.")
+        raise ValueError(
+            f"{where}: expected tool calls written in content, got tool_calls. Write them as text."
+        )
     thought = message.get("reasoning_content") or message.get("thinking")
     if not thought:
         return content
@@ -141,33 +163,27 @@ def _after_prefill(where: str, body: str, head: str, fmt: Any) -> str:
     return inner.lstrip("\n") if head.endswith("\n") else inner
 
 
-def _prompt(head: str, messages: list) -> list[Code]:
-    codes, at = [(PROMPT, -1, -1)] * len(head), 0
-    for turn, message in enumerate(messages):
-        content = message.get("content")
-        content = content.strip() if isinstance(content, str) else ""
-        found = head.find(content, at) if content else -1
-        if found >= 0:
-            at = found + len(content)
-            codes[found:at] = [(PROMPT, -1, turn)] * len(content)
-    return codes
-
-
-def _bridge(text: str, tail: str, messages: list, turn: int, tokenizer: Any) -> Piece:
-    """What stands between two completions: the end of the turn (to be written), then other messages (given)."""
-    shared = next((i for i, (a, b) in enumerate(zip(text, tail)) if a != b), min(len(text), len(tail)))
-    eos = text.find(tokenizer.eos_token)
-    written = eos + len(tokenizer.eos_token) if 0 <= eos < shared else len(text[:shared].rstrip())
-    codes = [(SPECIAL, -1, turn - len(messages) - 1)] * written + [(PROMPT, -1, -1)] * (len(text) - written)
-    at = written
-    for number, message in enumerate(messages, turn - len(messages)):
+def _placed(text: str, codes: list[Code], at: int, number: int, messages: list) -> list[Code]:
+    """Put the numbers of the messages on their contents, as far as the template shows them word for word."""
+    for turn, message in enumerate(messages, number):
         content = message.get("content")
         content = content.strip() if isinstance(content, str) else ""
         found = text.find(content, at) if content else -1
         if found >= 0:
             at = found + len(content)
-            codes[found:at] = [(TOOL if message["role"] == "tool" else PROMPT, -1, number)] * len(content)
-    return text, codes
+            segment = TOOL if number and message["role"] in _TOOL_ROLES else PROMPT
+            codes[found:at] = [(segment, -1, turn)] * len(content)
+    return codes
+
+
+def _bridge(text: str, tail: str, said: int, given: list, eos: str) -> Piece:
+    """Between two completions: the end of the turn (to be written), then other messages (given)."""
+    pairs = enumerate(zip(text, tail, strict=False))
+    shared = next((i for i, (a, b) in pairs if a != b), min(len(text), len(tail)))
+    end = text.find(eos)
+    written = end + len(eos) if 0 <= end < shared else len(text[:shared].rstrip())
+    codes = [(SPECIAL, -1, said)] * written + [(PROMPT, -1, -1)] * (len(text) - written)
+    return text, _placed(text, codes, written, said + 1, given[said + 1 :])
 
 
 def _join(a: Piece, b: Piece) -> Piece:
@@ -203,8 +219,10 @@ def _ids(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     return list(out["input_ids"]), [tuple(o) for o in out["offset_mapping"]]
 
 
-def _extend(tokenizer: Any, before: str, seen: list[int], text: str, codes: list[Code]) -> tuple[list[int], list[Code]]:
-    """Tokens of ``text`` behind ``before`` (whose ids are ``seen``); none crosses a segment's visible border."""
+def _extend(
+    tokenizer: Any, before: str, seen: list[int], text: str, codes: list[Code]
+) -> tuple[list[int], list[Code]]:
+    """Tokens of ``text`` behind ``before`` (its ids: ``seen``); none crosses a segment's visible border."""
     if not text:
         return [], []
     for front, front_ids in [(before, seen), *((s, None) for s in _BEFORE)]:
@@ -223,7 +241,16 @@ def _extend(tokenizer: Any, before: str, seen: list[int], text: str, codes: list
         split = next((i for i in range(at, end) if codes[i][0] != codes[at][0]), end)
         if any(codes[i][0] != codes[at][0] for i in visible):
             left = _extend(tokenizer, before, seen, text[:split], codes[:split])
-            right = _extend(tokenizer, before + text[:split], seen + left[0], text[split:], codes[split:])
+            seen, before = seen + left[0], before + text[:split]
+            right = _extend(tokenizer, before, seen, text[split:], codes[split:])
             return left[0] + right[0], left[1] + right[1]
         marks.append(codes[at])
     return ids, marks
+
+
+def parts_lost(before: list[Code], after: list[Code]) -> str:
+    """Which of "thought answer" truncation took away entirely; ends with "all" when both are gone."""
+    was, now = {code[0] for code in before}, {code[0] for code in after}
+    names = [name for part, name in ((THOUGHT, "thought"), (ANSWER, "answer")) if part in was - now]
+    nothing = names and not now & {THOUGHT, ANSWER}
+    return " ".join([*names, "all"] if nothing else names)

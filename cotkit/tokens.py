@@ -1,15 +1,18 @@
 r"""Token tensors: where the thought is in a text, which tokens count, and how likely the model finds them.
 
-Conventions: B rows, T tokens, V vocabulary, D hidden size. Log-probabilities, entropies and divergences are in nats.
-Position t of ``logps`` is the log-probability of ``labels[:, t]``: labels are never shifted by the caller, position 0
-is exactly 0, and so is every position whose label is -100. ``mask`` is bool, True = counts. Padding is on the right.
+Conventions: B rows, T tokens, V vocabulary, D hidden size. Log-probabilities, entropies and divergences are
+in nats. Position t of ``logps`` is the log-probability of ``labels[:, t]``: labels are never shifted by the
+caller, position 0 is exactly 0, and so is every position whose label is -100. ``mask`` is bool, True =
+counts. Padding is on the right.
 
-Segments: PAD, PROMPT, THOUGHT (exactly the thought's text), ANSWER (the final answer's text), SPECIAL (what the model
-must also write: tags, answer markers, white space between, the end token), TOOL (tool output, never a target).
+Segments: PAD, PROMPT, THOUGHT (exactly the thought's text), ANSWER (the final answer's text), SPECIAL (what
+the model must also write: tags, answer markers, white space between, the end token), TOOL (tool output, never
+a target).
 
-Functions: ``Format`` and ``FORMATS`` say how a chain is written; ``encode`` turns rows into tensors; ``mask``,
-``labels``, ``between`` pick tokens; ``corrupt`` masks the thought (MFT); ``token_logps``, ``linear_logps``,
-``model_logps`` score tokens; ``seq_logps``, ``grouped`` reduce them; ``entropy``, ``kl``, ``kl_k2``, ``kl_k3`` compare.
+Functions: ``Format`` and ``FORMATS`` say how a chain is written; ``encode`` turns rows into tensors;
+``mask``, ``labels``, ``between`` pick tokens; ``corrupt`` masks the thought (MFT); ``token_logps``,
+``linear_logps``, ``model_logps`` score tokens; ``seq_logps``, ``grouped`` reduce them; ``entropy``, ``kl``,
+``kl_k2``, ``kl_k3`` compare.
 """
 
 import re
@@ -23,12 +26,23 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cotkit import _check
-from cotkit._encode import ANSWER, PAD, PROMPT, SPECIAL, THOUGHT, TOOL, check_tokenizer, row_pieces, tokenize
-from cotkit._linear import chunked_logps, last_hidden, plain_head
+from cotkit._encode import (
+    ANSWER,
+    PAD,
+    PROMPT,
+    SPECIAL,
+    THOUGHT,
+    TOOL,
+    check_tokenizer,
+    parts_lost,
+    row_pieces,
+    tokenize,
+)
+from cotkit._linear import check_targets, chunked_logps, last_hidden, plain_head
 from cotkit._types import (
-    Hidden,
     HeadBias,
     HeadWeight,
+    Hidden,
     Logits,
     Mask,
     Segments,
@@ -68,12 +82,12 @@ IGNORED = -100
 
 
 class Parts(NamedTuple):
-    """What ``Format.parse`` finds: the thought, its steps, the final answer, and whether the text is well formed.
+    r"""What ``Format.parse`` finds: thought, steps, final answer, and whether the text is well formed.
 
     Source: none (plumbing)
 
     Example:
-        >>> FORMATS["gsm8k"].parse("2+3=<<2+3=5>>5\\n#### 5")
+        >>> FORMATS["gsm8k"].parse("2+3=<<2+3=5>>5\n#### 5")
         Parts(thought='2+3=<<2+3=5>>5', steps=['2+3=<<2+3=5>>5'], answer='5', ok=True)
     """
 
@@ -85,14 +99,15 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True)
 class Format:
-    r"""How a chain of thought is written as text: tags around the thought, steps, the mark of the final answer.
+    r"""How a chain of thought is written as text: tags around it, its steps, the mark of the answer.
 
     Args:
         open: tag in front of the thought; may be missing in a text, since chat templates prefill it.
-        close: tag behind the thought; the text is split at its last occurrence. "" = the answer's mark ends the thought.
+        close: tag behind the thought; the text is split at its last occurrence. "" = the answer's mark ends
+            the thought.
         step: what separates steps.
-        answer: marks in front of the final answer; the first is written, all are read. A mark that begins with a
-            line break must begin the last line. "" (only with ``close``) = everything behind the tag.
+        answer: marks in front of the final answer; the first is written, all are read. A mark that begins
+            with a line break must begin the last line. "" (only with ``close``) = everything behind the tag.
         end: what follows the answer. "}" is matched by counting braces; "." may be missing.
 
     Source: none (plumbing)
@@ -113,7 +128,9 @@ class Format:
         if isinstance(self.answer, str):
             object.__setattr__(self, "answer", (self.answer,))
         if not self.answer or (not self.close and "" in [a.strip() for a in self.answer]):
-            raise ValueError("Format: expected a mark of the answer, got none. Give close= or a non-empty answer=.")
+            raise ValueError(
+                "Format: expected a mark of the answer, got none. Give close= or a non-empty answer=."
+            )
         if not self.step:
             raise ValueError('Format: expected a step separator, got "". Use "\\n" for one step per line.')
 
@@ -124,8 +141,8 @@ class Format:
             text: what the model wrote, with or without the opening tag.
 
         Returns:
-            ``Parts``; ``ok=False`` and ``answer=None`` when the text does not follow the format. Then ``thought`` is
-            what is there.
+            ``Parts``; ``ok=False`` and ``answer=None`` when the text does not follow the format. Then
+            ``thought`` is what is there.
 
         Example:
             >>> FORMATS["plain"].parse("2 and 3 make 5. The answer is 5.")
@@ -147,7 +164,8 @@ class Format:
 
         Raises:
             TypeError: ``steps`` is one string.
-            ValueError: a step or the answer holds a separator or mark, so that the text would read differently.
+            ValueError: a step or the answer holds a separator or mark, so that the text would read
+            differently.
 
         Example:
             >>> FORMATS["think"].render(["2+3=5", "5*2=10"], "10")
@@ -179,8 +197,8 @@ class Format:
             text: what the model wrote.
 
         Returns:
-            ``(start, end, segment, step)`` in order, without gaps; step is -1 outside the thought. Of a malformed
-            text all but a leading opening tag is THOUGHT.
+            ``(start, end, segment, step)`` in order, without gaps; step is -1 outside the thought. Of a
+            malformed text all but a leading opening tag is THOUGHT.
 
         Example:
             >>> FORMATS["gsm8k"].spans("2+3=5\n#### 5")  # THOUGHT, then SPECIAL "\n#### ", then ANSWER
@@ -290,16 +308,17 @@ def encode(
 ) -> dict[str, Tensor]:
     r"""Turn rows into token tensors in which every token knows which part of the chain it belongs to.
 
-    The completion is what the model has to write after the generation prompt: it is placed there word for word and
-    never passed through the chat template, so a template cannot strip, wrap or double the thought; the template
-    gives the prompt, an opening tag it prefills (PROMPT, and not written twice), and the end of the turn. The prompt
-    is tokenized alone, as at sampling time. Tokens are assigned by character offsets; where one token would hold
-    visible characters of two segments the text is split there. The end token is always part of the target.
+    The completion is what the model has to write after the generation prompt: it is placed there word for
+    word and never passed through the chat template, so a template cannot strip, wrap or double the thought;
+    the template gives the prompt, an opening tag it prefills (PROMPT, and not written twice), and the end of
+    the turn. The prompt is tokenized alone, as at sampling time. Tokens are assigned by character offsets;
+    where one token would hold visible characters of two segments the text is split there. The end token is
+    always part of the target.
 
     Args:
-        rows: dicts with ``prompt`` and ``completion``, both strings or both lists of chat messages. An assistant
-            message may keep its thought in ``reasoning_content``. Columns ``tools`` and ``chat_template_kwargs`` go
-            to the template.
+        rows: dicts with ``prompt`` and ``completion``, both strings or both lists of chat messages. An
+            assistant message may keep its thought in ``reasoning_content``. Columns ``tools`` and
+            ``chat_template_kwargs`` go to the template.
         tokenizer: a fast ``transformers`` tokenizer; with a chat template where rows hold messages.
         fmt: a ``Format`` or the name of a preset.
         max_length: tokens kept of each row, counted from its beginning.
@@ -307,14 +326,15 @@ def encode(
             ``max_length``; "keep" keeps it: what is there counts as THOUGHT.
 
     Returns:
-        ``input_ids``, ``attention_mask``, ``labels`` (THOUGHT, ANSWER and SPECIAL; else -100), ``segments`` (int8),
-        ``steps`` (step number within the row, -1 outside the thought), ``turns`` (number of the message, prompt
-        included, -1 outside messages), all [B, T] and padded on the right. With "keep" also ``malformed`` [B] bool,
-        the rows kept in spite of their form.
+        ``input_ids``, ``attention_mask``, ``labels`` (THOUGHT, ANSWER and SPECIAL; else -100), ``segments``
+        (int8), ``steps`` (step number within the row, -1 outside the thought), ``turns`` (number of the
+        message, prompt included, -1 outside messages), all [B, T] and padded on the right. With "keep" also
+        ``malformed`` [B] bool, the rows kept in spite of their form.
 
     Raises:
         TypeError: rows are not dicts, or a text is neither a string nor messages.
-        ValueError: naming the row: malformed, truncated until thought or answer is gone, no chat template, ...
+        ValueError: naming the row: malformed, truncated until thought or answer is gone, no chat template,
+            ...
 
     Source: none (plumbing)
 
@@ -328,29 +348,34 @@ def encode(
     _check.one_of("encode", ("raise", "keep"), malformed=malformed)
     check_tokenizer("encode", tokenizer)
     if isinstance(rows, Mapping | str) or not rows:
-        raise TypeError("encode: expected a non-empty list of rows, got " + type(rows).__name__ + ". Pass [row].")
+        raise TypeError(
+            "encode: expected a non-empty list of rows, got " + type(rows).__name__ + ". Pass [row]."
+        )
     encoded, odd = [], []
     for i, row in enumerate(rows):
         pieces, texts, chat = row_pieces(f"encode: row {i}", row, tokenizer, fmt)
         ok = all(fmt.parse(text).ok for text in texts)
         if not ok and malformed == "raise":
             raise ValueError(
-                f"encode: row {i}: expected a completion that follows {fmt}, got {_short(texts)}. Repair the row, "
-                f'pass the fitting fmt=, or malformed="keep" for samples of a model.'
+                f"encode: row {i}: expected a completion that follows {fmt}, got {_short(texts)}. "
+                f'Repair the row, pass the fitting fmt=, or malformed="keep" for samples of a model.'
             )
         ids, codes = tokenize(f"encode: row {i}", tokenizer, pieces, chat=chat)
         ids, kept = ids[:max_length], codes[:max_length]
-        lost = _lost(codes, kept)
-        if lost and (malformed == "raise" or "all" in lost):
+        lost = parts_lost(codes, kept)
+        if lost and (malformed == "raise" or lost.endswith("all")):
             raise ValueError(
-                f"encode: row {i}: expected thought and answer within max_length={max_length}, got none of its "
-                f"{' and '.join(lost)} tokens (the row has {len(codes)}). Raise max_length or leave the row out."
+                f"encode: row {i}: expected thought and answer within max_length={max_length}, got none of "
+                f"its {lost.replace(' all', '')} tokens (it has {len(codes)}). Raise max_length or drop it."
             )
         encoded.append((ids, kept))
         odd.append(not ok or bool(lost))
     pad = next((p for p in (tokenizer.pad_token_id, tokenizer.eos_token_id) if p is not None), 0)
     width = max(len(ids) for ids, _ in encoded)
-    fill = [(ids + [pad] * (width - len(ids)), kept + [(PAD, -1, -1)] * (width - len(ids))) for ids, kept in encoded]
+    fill = [
+        (ids + [pad] * (width - len(ids)), kept + [(PAD, -1, -1)] * (width - len(ids)))
+        for ids, kept in encoded
+    ]
     input_ids = torch.tensor([ids for ids, _ in fill])
     segments, steps, turns = torch.tensor([kept for _, kept in fill]).unbind(-1)
     batch = {
@@ -362,13 +387,6 @@ def encode(
         "turns": turns.contiguous(),
     }
     return batch if malformed == "raise" else {**batch, "malformed": torch.tensor(odd)}
-
-
-def _lost(codes: list[tuple[int, int, int]], kept: list[tuple[int, int, int]]) -> list[str]:
-    before, after = {c[0] for c in codes}, {c[0] for c in kept}
-    names = {THOUGHT: "thought", ANSWER: "answer"}
-    lost = [name for segment, name in names.items() if segment in before - after]
-    return lost if after & {THOUGHT, ANSWER} or not before & {THOUGHT, ANSWER} else [*lost, "all"]
 
 
 def _short(texts: list[str]) -> str:
@@ -398,7 +416,9 @@ def mask(segments: Segments, *parts: int) -> Mask:
     _check.ndim("mask", "B T", segments=segments)
     _check.integer("mask", segments=segments)
     if not parts:
-        raise ValueError("mask: expected at least one part, got none. Name them: mask(segments, THOUGHT, ANSWER).")
+        raise ValueError(
+            "mask: expected at least one part, got none. Name them: mask(segments, THOUGHT, ANSWER)."
+        )
     for part in parts:
         _check.one_of("mask", range(6), part=part)
     return torch.isin(segments, torch.tensor(parts, dtype=segments.dtype, device=segments.device))
@@ -454,7 +474,9 @@ def between(input_ids: TokenIds, open_id: int, close_id: int, *, inclusive: bool
     _check.ndim("between", "B T", input_ids=input_ids)
     _check.integer("between", input_ids=input_ids)
     if open_id == close_id:
-        raise ValueError(f"between: expected two different ids, got {open_id} twice. Pass the ids of both tags.")
+        raise ValueError(
+            f"between: expected two different ids, got {open_id} twice. Pass the ids of both tags."
+        )
     opens, closes = input_ids == open_id, input_ids == close_id
     at = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
     last_open = (at * opens).cummax(1).values if input_ids.shape[1] else opens.long()
@@ -482,8 +504,8 @@ def corrupt(
     Args:
         input_ids: clean ids, [B, T].
         mask: which inputs may be replaced. The paper: the whole response, ``labels != -100``.
-        rate: probability in [0, 1], one number or one per row [B] (diffusion). The paper: 0.2 to 0.4, rising linearly
-            from 0 during the first two thirds of training.
+        rate: probability in [0, 1], one number or one per row [B] (diffusion). The paper: 0.2 to 0.4, rising
+            linearly from 0 during the first two thirds of training.
         mask_id: id written in place of a replaced token (paper: a new token ``<mask>``).
         replacement: ids [B, T] to write instead: random ones, or samples of the model (scheduled sampling).
         generator: source of randomness.
@@ -496,7 +518,8 @@ def corrupt(
 
     Source: MFT (2024) arXiv:2403.02178 Eq. 1
     Basis: authors' code
-    Differs: nothing; the rate's warm-up is the caller's (``min(p, p * step / (2/3 * total + 1))`` in the code).
+    Differs: nothing; the rate's warm-up is the caller's (``min(p, p * step / (2/3 * total + 1))`` in the
+    code).
 
     Example:
         >>> ids = torch.tensor([[5, 6, 7]])
@@ -507,11 +530,15 @@ def corrupt(
     _check.boolean("corrupt", mask=mask)
     _check.integer("corrupt", input_ids=input_ids)
     if (mask_id is None) == (replacement is None):
-        raise ValueError("corrupt: expected either mask_id or replacement, got both or neither. Pass one of them.")
+        raise ValueError(
+            "corrupt: expected either mask_id or replacement, got both or neither. Pass one of them."
+        )
     if isinstance(rate, Tensor):
         _check.floating("corrupt", rate=rate)
         if rate.shape != input_ids.shape[:1]:
-            raise ValueError(f"corrupt: expected rate as a number or [B], got {list(rate.shape)}. Pass one per row.")
+            raise ValueError(
+                f"corrupt: expected rate as a number or [B], got {list(rate.shape)}. Pass one per row."
+            )
         if rate.device.type == "cpu" and not bool(((rate >= 0) & (rate <= 1)).all()):
             raise ValueError(f"corrupt: expected rate in [0, 1], got {rate.tolist()}. It is a probability.")
         rate = rate[:, None]
@@ -526,32 +553,9 @@ def corrupt(
     return torch.where(noised, replacement, input_ids), noised
 
 
-def _targets(fn: str, x: Tensor, labels: Tensor, vocabulary: int) -> None:
-    """Check labels [B, T] against logits or hidden states and guess the usual mistakes."""
-    _check.floating(fn, x=x)
-    _check.integer(fn, labels=labels)
-    if x.dim() != 3 or labels.dim() != 2:
-        raise ValueError(f"{fn}: expected [B, T, ...] and labels [B, T], got {list(x.shape)} and {list(labels.shape)}.")
-    if x.shape[:2] != labels.shape:
-        (rows, length), (b, t) = labels.shape, x.shape[:2]
-        hint = "Both must come from the same batch."
-        if rows == b and length == t - 1:
-            hint = "The labels look already shifted: pass them unshifted, the shift happens here, once."
-        elif rows == b and length == t + 1:
-            hint = "The last position looks cut off: pass all T positions, the shift happens here, once."
-        elif rows == b and t > length:
-            hint = f"The first is longer by {t - length}: padded, or with virtual tokens in front. Cut it to T positions."
-        raise ValueError(f"{fn}: expected equal B and T, got {list(x.shape)} and labels {list(labels.shape)}. {hint}")
-    if labels.device.type == "cpu":
-        bad = (labels != IGNORED) & ((labels < 0) | (labels >= vocabulary))
-        if bool(bad.any()):
-            raise ValueError(
-                f"{fn}: expected labels in [0, {vocabulary}) or -100, got {int(labels[bad][0])}. "
-                f"Ignored positions carry -100; other ids must be in the vocabulary."
-            )
-
-
-def token_logps(logits: Logits, labels: TokenIds, *, temperature: float = 1.0, shift: bool = True) -> TokenLogps:
+def token_logps(
+    logits: Logits, labels: TokenIds, *, temperature: float = 1.0, shift: bool = True
+) -> TokenLogps:
     r"""Log-probability of every label under the model's logits. The one place where the shift happens.
 
     $\log \mathrm{softmax}(z_{t-1} / T)[y_t]$
@@ -563,12 +567,12 @@ def token_logps(logits: Logits, labels: TokenIds, *, temperature: float = 1.0, s
         shift: False for bidirectional models, whose position t predicts label t.
 
     Returns:
-        Nats [B, T]; exactly 0, with zero gradient, where the label is -100 and (with the shift) at position 0.
-        Half-precision logits are read in float32, and so is the result.
+        Nats [B, T]; exactly 0, with zero gradient, where the label is -100 and (with the shift) at position
+        0. Half-precision logits are read in float32, and so is the result.
 
     Raises:
-        ValueError: shapes differ (with a word on labels shifted before the call), an id outside the vocabulary,
-            ``temperature <= 0``.
+        ValueError: shapes differ (with a word on labels shifted before the call), an id outside the
+            vocabulary, ``temperature <= 0``.
 
     Source: none (plumbing)
 
@@ -576,7 +580,7 @@ def token_logps(logits: Logits, labels: TokenIds, *, temperature: float = 1.0, s
         >>> token_logps(torch.zeros(1, 2, 4), torch.tensor([[3, 1]]))  # log 1/4 at position 1
         tensor([[ 0.0000, -1.3863]])
     """
-    _targets("token_logps", logits, labels, logits.shape[-1])
+    check_targets("token_logps", logits, labels, logits.shape[-1])
     _check.positive("token_logps", temperature=temperature)
     if shift:
         logits, labels = logits[:, :-1], labels[:, 1:]
@@ -597,10 +601,10 @@ def linear_logps(
     bias: HeadBias | None = None,
     temperature: float = 1.0,
 ) -> TokenLogps:
-    r"""The numbers and gradients of ``token_logps(hidden @ weight.T + bias, labels)`` without the logits [B, T, V].
+    r"""``token_logps(hidden @ weight.T + bias, labels)``, values and gradients, without the logits [B, T, V].
 
-    Works through the vocabulary in tiles that fit the cache, on target positions only; the gradient of a frozen head
-    is not computed, and then the backward pass needs no matrix product at all.
+    Works through the vocabulary in tiles that fit the cache, on target positions only; the gradient of a
+    frozen head is not computed, and then the backward pass needs no matrix product at all.
 
     Args:
         hidden: last hidden states, unshifted, [B, T, D]; gradient flows.
@@ -622,28 +626,30 @@ def linear_logps(
         tensor([[ 0.0000, -1.3863]])
     """
     _check.ndim("linear_logps", "V D", weight=weight)
-    _targets("linear_logps", hidden, labels, weight.shape[0])
+    check_targets("linear_logps", hidden, labels, weight.shape[0])
     _check.positive("linear_logps", temperature=temperature)
     if hidden.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
         shapes = f"hidden {list(hidden.shape)}, weight {list(weight.shape)}" + (
             f", bias {list(bias.shape)}" if bias is not None else ""
         )
-        raise ValueError(f"linear_logps: expected one D and one V, got {shapes}. weight is [V, D], as in lm_head.")
-    kept = labels[:, 1:] != IGNORED
-    chosen = chunked_logps(hidden[:, :-1], weight, bias, labels[:, 1:], kept, float(temperature))
-    found = chosen.new_zeros(kept.shape).masked_scatter(kept, chosen)
-    return torch.nn.functional.pad(found, (1, 0))
+        raise ValueError(
+            f"linear_logps: expected one D and one V, got {shapes}. weight is [V, D], as in lm_head."
+        )
+    kept = torch.nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1))  # the position that predicts a target
+    chosen = chunked_logps(hidden, weight, bias, labels.roll(-1, 1)[kept], kept, float(temperature))
+    return chosen.new_zeros(kept.shape).masked_scatter(kept, chosen).roll(1, 1)
 
 
 def model_logps(model: Any, batch: Mapping[str, Tensor], *, grad: bool = False) -> TokenLogps:
     """Score an encoded batch with one forward pass: reference scores, perplexity, probes.
 
-    The logits [B, T, V] are not built where the model's last step is a plain linear head (also under peft, with a
-    4-bit body or tied embeddings). A soft-cap, a logit scale, a quantized or adapted head are seen and scored from
-    the logits.
+    The logits [B, T, V] are not built where the model's last step is a plain linear head (also under peft,
+    with a 4-bit body or tied embeddings). A soft-cap, a logit scale, a quantized or adapted head are seen and
+    scored from the logits.
 
     Args:
-        model: a causal language model of ``transformers``, or its peft wrapper. Dropout stays as the model's mode says.
+        model: a causal language model of ``transformers``, or its peft wrapper. Dropout stays as the model's
+            mode says.
         batch: from ``encode``; ``input_ids``, ``attention_mask`` and ``labels`` are read.
         grad: keep the graph.
 
@@ -661,7 +667,9 @@ def model_logps(model: Any, batch: Mapping[str, Tensor], *, grad: bool = False) 
     """
     for name in ("input_ids", "labels"):
         if name not in batch:
-            raise ValueError(f"model_logps: expected {name} in the batch, got {sorted(batch)}. Use tokens.encode.")
+            raise ValueError(
+                f"model_logps: expected {name} in the batch, got {sorted(batch)}. Use tokens.encode."
+            )
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask") if k in batch}
     labels = batch["labels"]
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
@@ -682,8 +690,10 @@ def seq_logps(
     Args:
         logps: nats [B, T]; gradient flows.
         mask: True = counts.
-        weights: factors [B, T] of the terms (thought against action, position); not part of the mean's count; detached.
-        mean: divide by the number of counted tokens. AFT and length-normalised scores want the mean, DPO the sum.
+        weights: factors [B, T] of the terms (thought against action, position); not part of the mean's count;
+            detached.
+        mean: divide by the number of counted tokens. AFT and length-normalised scores want the mean, DPO the
+            sum.
 
     Returns:
         Nats (mean: nats per token) [B]; 0 with zero gradient for a row without counted tokens.
@@ -709,7 +719,9 @@ def seq_logps(
     return summed / mask.sum(1).clamp(min=1) if mean else summed
 
 
-def grouped(values: Float[Tensor, "N"] | Int[Tensor, "N"], group: Int[Tensor, "N"]) -> tuple[Tensor, Bool[Tensor, "B K"]]:
+def grouped(
+    values: Float[Tensor, "N"] | Int[Tensor, "N"], group: Int[Tensor, "N"]
+) -> tuple[Tensor, Bool[Tensor, "B K"]]:
     """Gather the flat rows of several prompts into one line per prompt.
 
     Args:
@@ -717,8 +729,8 @@ def grouped(values: Float[Tensor, "N"] | Int[Tensor, "N"], group: Int[Tensor, "N
         group: number of the prompt each row belongs to, [N]; any integers, in any order.
 
     Returns:
-        Padded values [B, K], groups and members in the order of their first appearance, 0 where there is none, and
-        ``valid`` [B, K], True where there is one.
+        Padded values [B, K], groups and members in the order of their first appearance, 0 where there is
+        none, and ``valid`` [B, K], True where there is one.
 
     Raises:
         ValueError: shapes differ.
@@ -755,7 +767,8 @@ def entropy(logits: Logits, *, temperature: float = 1.0) -> TokenValues:
         temperature: > 0.
 
     Returns:
-        Nats [B, T], between 0 and log V; position t belongs to the distribution read at t, the one of token t + 1.
+        Nats [B, T], between 0 and log V; position t belongs to the distribution read at t, the one of token t
+        + 1.
 
     Raises:
         ValueError: ``temperature <= 0``, not [B, T, V].
@@ -807,10 +820,13 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
 
 
 def kl_k2(logps: TokenLogps, ref_logps: TokenLogps) -> TokenValues:
-    r"""Squared estimate of KL(policy || ref) on the policy's own samples, $\tfrac12(\log\pi - \log\pi_{ref})^2$.
+    r"""Squared estimate of KL(policy || ref) on the policy's own samples.
+
+    $\tfrac12 (\log\pi - \log\pi_{ref})^2$
 
     Args:
-        logps: policy, nats [B, T]; gradient flows. On policy its expected gradient is that of the exact divergence.
+        logps: policy, nats [B, T]; gradient flows. On policy its expected gradient is that of the exact
+            divergence.
         ref_logps: reference, nats [B, T]; detached.
 
     Returns:
