@@ -197,14 +197,12 @@ def assessment_accuracy(scores: Any, positive: Any, valid: Any = None, *, per: s
     Raises:
         ValueError: shapes differ, ``per`` unknown, or a valid score is NaN.
 
-    Source: AFT (2023) arXiv:2309.02144 §3 (pilot experiment)
+    Source: AFT (2023) arXiv:2309.02144 (its pilot experiment)
     Basis: second-hand
     Differs: the paper does not say what a tie counts; here one half, so that constant scores give 0.5.
 
     Example:
-        >>> assessment_accuracy(
-        ...     [[-1.0, -2.0, -3.0]], [[False, True, False]]
-        ... )  # above one wrong chain, below the other
+        >>> assessment_accuracy([[-1.0, -2.0, -3.0]], [[False, True, False]])  # above one, below one
         0.5
     """
     one_of("assessment_accuracy", ("pair", "question"), per=per)
@@ -294,9 +292,7 @@ def _bca(
     from statistics import NormalDist
 
     normal = NormalDist()
-    share = (
-        (drawn < whole).mean() + (drawn <= whole).mean()
-    ) / 2  # ties count half, as the mean of 0/1 values has many
+    share = ((drawn < whole).mean() + (drawn <= whole).mean()) / 2  # ties count half
     bias = normal.inv_cdf(min(max(float(share), 1 / (2 * len(drawn))), 1 - 1 / (2 * len(drawn))))
     apart = without.mean() - without
     spread = float((apart**2).sum())

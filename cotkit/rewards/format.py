@@ -86,18 +86,19 @@ def tags(
     return reward
 
 
-def _tags(how: _How, /, prompts: Any, completions: Any, **columns: Any) -> list[float]:
+def _tags(how: _How, /, prompts: Any, completions: Any, **columns: Any) -> list[float | None]:
     asked = list(prompts) if prompts is not None else [None] * len(completions)
     if how.prefilled is None and len(asked) != len(completions):
         raise ValueError(
             f"tags: expected {len(completions)} prompts, got {len(asked)}. Pass one per completion."
         )
     first = how.open.format(how.names[0])
-    scores = []
+    scores: list[float | None] = []
     for i, completion in enumerate(completions):
         begun = how.prefilled
         if begun is None:
-            begun = isinstance(asked[i], str) and asked[i].rstrip().endswith(first)
+            prompt = asked[i]
+            begun = isinstance(prompt, str) and prompt.rstrip().endswith(first)
         scores.append(_one(how._replace(prefilled=begun), completion))
     return scores
 

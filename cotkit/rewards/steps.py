@@ -31,7 +31,7 @@ _PRIORITY = {"+": 1, "-": 1, "*": 2, "/": 2, "//": 2, "**": 4}
 
 
 class Equation(NamedTuple):
-    """One written equation: its two sides as they stand in the text, whether they agree, and where they stand."""
+    """One written equation: its sides as they stand in the text, whether they agree, and where it stands."""
 
     left: str
     right: str
@@ -180,7 +180,7 @@ def find_equations(text: str) -> list[Equation]:
             if sign in "+-−" and glued and previous != "other":
                 side.append(token)
         elif kind in ("number", "open") and side and side[-1][0] in ("number", "close"):
-            close()  # two numbers side by side: a new expression begins (a product without a sign is not read)
+            close()  # two numbers side by side: a new expression begins
             side = [token]
         else:
             side.append(token)
@@ -223,7 +223,7 @@ def _equation(text: str, left: list[_Token], right: list[_Token]) -> Equation | 
         return None
     a, b = text[left[0][2] : left[-1][3]], text[right[0][2] : right[-1][3]]
     x, y = calculate(a), calculate(b)
-    holds = x is not None and y is not None and abs(x - y) < Fraction(1, 1000)
+    holds = x is not None and y is not None and abs(Fraction(x) - y) < Fraction(1, 1000)
     return Equation(a, b, holds, left[0][2], right[-1][3])
 
 
@@ -255,7 +255,7 @@ def equations(*, empty: float = 0.0) -> Callable[..., list[float | None]]:
     return reward
 
 
-def _equations(how: tuple[float], /, prompts: Any, completions: Any, **columns: Any) -> list[float]:
+def _equations(how: tuple[float], /, prompts: Any, completions: Any, **columns: Any) -> list[float | None]:
     return [_share(how[0], completion) for completion in completions]
 
 
