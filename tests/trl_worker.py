@@ -21,24 +21,24 @@ from cotkit.losses.sft import iw_sft, nll
 VOCAB = 64
 
 
-def model(seed=0, **config):
+def model(seed=0, *, vocab_size=VOCAB, **config):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.3}
     network = LlamaForCausalLM(
-        LlamaConfig(vocab_size=VOCAB, max_position_embeddings=64, **small, **ids, **config)
+        LlamaConfig(vocab_size=vocab_size, max_position_embeddings=64, **{**small, **ids, **config})
     )
     return network.float()
 
 
-def tokenizer():
+def tokenizer(words=None):
     """Words w3 ... w63: TRL only asks for pad and end tokens when the rows are encoded already."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCAB))]
+    words = ["<pad>", "<s>", "</s>", *(words or (f"w{i}" for i in range(3, VOCAB)))]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
