@@ -257,7 +257,7 @@ def test_iw_weights_equal_the_authors_control_numbers(f64, level, temperature, c
 def bandit_gradient(left, temperature):
     """Gradient of the loss in the logits of a two-armed policy that pulls left with the given probability.
 
-    The data: a 50/50 policy pulled and left succeeded half as often as right: one left and two right successes.
+    The data: a 50/50 policy pulled and left succeeded half as often as right: one left, two right successes.
     """
     policy = torch.log(tensor([left, 1 - left], dtype=torch.float64)).requires_grad_()
     arms = tensor([0, 1, 1])

@@ -14,7 +14,7 @@ from cotkit import _check
 from cotkit._reduce import total
 from cotkit._types import Denom, Loss, Mask, SeqWeights, TokenLogps, TokenWeights
 
-__all__ = ["nll", "iw_weights", "iw_sft"]
+__all__ = ["iw_sft", "iw_weights", "nll"]
 
 
 def nll(
