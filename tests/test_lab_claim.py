@@ -261,7 +261,7 @@ def test_all_kinds_of_results_give_one_answer(tmp_path):
 
 
 def simulate(rng, *, effect, bases, seeds, questions, base_arm, seed_arm, run_arm, question_arm):
-    """Right or wrong answers of two arms, crossed; every factor also moves the difference between the arms."""
+    """Right or wrong answers of two arms, crossed; every factor also moves the difference of the arms."""
     logit = (
         rng.normal(0, 1.5, questions) + rng.normal(0, 0.3, (bases, 1, 1)) + rng.normal(0, 0.2, (1, seeds, 1))
     )
@@ -495,7 +495,8 @@ def test_more_refusals(tmp_path):
 def test_nothing_heavy_is_imported():
     code = (
         "import sys; import cotkit.lab._claim, cotkit.lab._show, cotkit.lab._data, cotkit.lab._setup;"
-        "print([m for m in ('pandas', 'matplotlib', 'IPython', 'transformers', 'datasets') if m in sys.modules])"
+        "heavy = ('pandas', 'matplotlib', 'IPython', 'transformers', 'datasets');"
+        "print([m for m in heavy if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -142,13 +142,15 @@ def test_missing_data_says_so(tmp_path, monkeypatch):
 
     import datasets
 
-    def unreachable(*args, **keywords):
+    def unreachable(*_args, **_keywords):
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(ValueError, match="got ConnectionError: real data not found"):
         rows("gsm8k", "test")
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: [{"question": "Q?", "answer": "x\n#### 7"}])
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_a, **_k: [{"question": "Q?", "answer": "x\n#### 7"}]
+    )
     assert rows("gsm8k", "test")[0]["answer"] == "7"
     assert has_data()
 
@@ -162,7 +164,7 @@ def test_missing_data_says_so(tmp_path, monkeypatch):
         (("word_problem", "train"), {}, "expected n for a task"),
         (("word_problem", "train"), {"n": 0}, "expected n >= 1"),
         (("sudoku", "train"), {"n": 1}, "got 'sudoku'"),
-        ((lambda rng: {"prompt": "same\n"}, split_of("same\n")), {"n": 2}, "2 different questions, got 1"),
+        ((lambda _rng: {"prompt": "same\n"}, split_of("same\n")), {"n": 2}, "2 different questions, got 1"),
     ],
 )
 def test_refusals(arguments, keywords, message):

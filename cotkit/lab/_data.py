@@ -36,8 +36,9 @@ def rows(
 
     Tasks: "train", "validation" and "test" cannot leak into each other whatever the seeds and the difficulty,
     since the words of the prompt decide the split, their order left aside: half of all questions can only be
-    train, a quarter only validation, a quarter only test. A prompt comes at most once in a call. Other settings
-    than a task's own: pass the task with its keywords filled in, ``functools.partial(word_problem, steps=(3, 3))``.
+    train, a quarter only validation, a quarter only test. A prompt comes at most once in a call. Other
+    settings than a task's own: pass the task with its keywords filled in, ``functools.partial(word_problem,
+    steps=(3, 3))``.
 
     GSM8K ("gsm8k"): "train" (7,473), "test" (1,319), and "model_solutions": 5,276 labelled solutions of real
     models to the TEST questions, with the columns ``correct``, ``source`` and ``question``. They are there to
@@ -48,7 +49,8 @@ def rows(
     Args:
         name: "gsm8k", "word_problem", "countdown", or a task ``(rng) -> row``.
         split: see above.
-        n: number of rows; of GSM8K a random choice of that size in the file's order (None: all). Tasks need it.
+        n: number of rows; of GSM8K a random choice of that size in the file's order (None: all). Tasks need
+            it.
         data_dir: folder that holds ``gsm8k/``; None: the environment variable ``COTKIT_DATA``, else the hub's
             ``openai/gsm8k`` through ``datasets``.
         seed: another seed, other rows of the same split.
@@ -61,7 +63,8 @@ def rows(
 
     Source: none (plumbing)
     Basis: GSM8K (2021) arXiv:2110.14168 for the data; MIT licence.
-    Differs: the solutions' final line is "A: n" where the data set's own is "#### n"; both are left as they are.
+    Differs: the solutions' final line is "A: n" where the data set's own is "#### n"; both are left as they
+    are.
 
     Example:
         >>> train = rows("word_problem", "train", n=20)
@@ -127,7 +130,7 @@ def _task(name: str | Task) -> Task:
     tasks: dict[str, Task] = {"word_problem": arithmetic.word_problem, "countdown": arithmetic.countdown}
     if name not in tasks:
         raise ValueError(
-            f"rows: expected 'gsm8k' or one of {sorted(tasks)}, got {name!r}. Any task can be passed as a function."
+            f"rows: expected 'gsm8k' or one of {sorted(tasks)}, got {name!r}. Or pass a task as a function."
         )
     return tasks[name]
 
@@ -166,7 +169,7 @@ def _gsm8k(split: str, data_dir: str | Path | None, *, first: int | None = None)
             ]
     elif data_dir is not None or split == "model_solutions":
         raise ValueError(
-            f"rows: expected {path or 'COTKIT_DATA'} with GSM8K's {split}, got nothing there: real data not found. "
+            f"rows: expected {path or 'COTKIT_DATA'} with GSM8K's {split}, got nothing: real data not found. "
             f"Set COTKIT_DATA to the folder that holds gsm8k/{_GSM8K_FILES[split]}."
         )
     else:
@@ -192,8 +195,8 @@ def _hub(split: str) -> list[dict[str, Any]]:
     except Exception as error:  # no network, no cache, no datasets: one clear message for all
         problem = error
     raise ValueError(
-        f"rows: expected GSM8K in $COTKIT_DATA/gsm8k or on the hub, got {type(problem).__name__}: real data not "
-        "found. Set COTKIT_DATA, or allow the hub with lab.setup(offline=False)."
+        f"rows: expected GSM8K in $COTKIT_DATA/gsm8k or on the hub, got {type(problem).__name__}: real data "
+        "not found. Set COTKIT_DATA, or allow the hub with lab.setup(offline=False)."
     ) from problem
 
 
