@@ -36,6 +36,7 @@ def execute(path: Path) -> NotebookNode:
         timeout=600,
         kernel_name="python3",
         record_timing=False,
+        extra_arguments=["--log-level=ERROR"],  # newer kernels warn about TCP on every start
         resources={"metadata": {"path": str(path.parent)}},
         on_cell_start=announce,
     )
