@@ -111,9 +111,8 @@ def main() -> int:
             done = subprocess.run([*command, "--case", case], capture_output=True, text=True, check=True)
             runs[case].append(json.loads(done.stdout.splitlines()[-1]))
     middle = {c: {k: statistics.median(r[k] for r in runs[c]) for k in ("seconds", "mb")} for c in CASES}
-    print(
-        f"{size['tokens']} tokens, D={size['width']}, V={size['words']}, forward + backward, median of {repeats}"
-    )
+    shape = f"{size['tokens']} tokens, D={size['width']}, V={size['words']}"
+    print(f"{shape}, forward + backward, median of {repeats}")
     print(f"{'':22}{'seconds':>10}{'x TRL':>8}{'peak MB':>10}{'x TRL':>8}   fastest - slowest")
     for case in CASES:
         base = middle["trl, frozen head" if "frozen" in case else "trl"]

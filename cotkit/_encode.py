@@ -32,7 +32,7 @@ def check_tokenizer(fn: str, tokenizer: Any) -> None:
 
 
 def row_pieces(where: str, row: Any, tokenizer: Any, fmt: Any) -> tuple[list[Piece], list[str], bool]:
-    """Pieces of a row (prompt, completion, prompt, ...) and the completions' texts; the end token is not in them."""
+    """Pieces of a row (prompt, completion, prompt, ...), the completions' texts, and whether it is a chat."""
     if not isinstance(row, Mapping):
         raise TypeError(f"{where}: expected a dict with prompt and completion, got {type(row).__name__}.")
     for name in ("prompt", "completion"):
@@ -254,3 +254,9 @@ def parts_lost(before: list[Code], after: list[Code]) -> str:
     names = [name for part, name in ((THOUGHT, "thought"), (ANSWER, "answer")) if part in was - now]
     nothing = names and not now & {THOUGHT, ANSWER}
     return " ".join([*names, "all"] if nothing else names)
+
+
+def shortened(texts: list[str]) -> str:
+    """Texts for a message, the middle of a long one left out."""
+    text = "\n".join(texts)
+    return repr(text if len(text) < 200 else text[:100] + " ... " + text[-90:])

@@ -36,6 +36,7 @@ from cotkit._encode import (
     check_tokenizer,
     parts_lost,
     row_pieces,
+    shortened,
     tokenize,
 )
 from cotkit._linear import check_targets, chunked_logps, last_hidden, plain_head
@@ -357,7 +358,7 @@ def encode(
         ok = all(fmt.parse(text).ok for text in texts)
         if not ok and malformed == "raise":
             raise ValueError(
-                f"encode: row {i}: expected a completion that follows {fmt}, got {_short(texts)}. "
+                f"encode: row {i}: expected a completion that follows {fmt}, got {shortened(texts)}. "
                 f'Repair the row, pass the fitting fmt=, or malformed="keep" for samples of a model.'
             )
         ids, codes = tokenize(f"encode: row {i}", tokenizer, pieces, chat=chat)
@@ -387,11 +388,6 @@ def encode(
         "turns": turns.contiguous(),
     }
     return batch if malformed == "raise" else {**batch, "malformed": torch.tensor(odd)}
-
-
-def _short(texts: list[str]) -> str:
-    text = "\n".join(texts)
-    return repr(text if len(text) < 200 else text[:100] + " ... " + text[-90:])
 
 
 def mask(segments: Segments, *parts: int) -> Mask:
