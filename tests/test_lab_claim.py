@@ -431,6 +431,97 @@ def test_claims_file_is_found_and_valid(monkeypatch):
     assert load_claims()[0] == entries
 
 
+# --- the page of all claims
+
+
+@pytest.fixture
+def script():
+    import importlib.util
+    from pathlib import Path
+
+    path = Path(__file__).parents[1] / "scripts" / "claims_md.py"
+    spec = importlib.util.spec_from_file_location("claims_md", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+TOML = """
+[aa]
+table = "results/a.csv"
+arm = "old"
+twin = "again"
+metric = "accuracy"
+
+[claims.up]
+paper = "L0"
+sentence = "New beats old."
+arm = "new"
+control = "old"
+metric = "accuracy"
+smallest_effect = 0.02
+table = ["results/a.csv", "results/later.csv"]
+pinned = "tests/test_x.py"
+
+[claims.same]
+paper = "L0"
+sentence = "Old equals old again."
+arm = "again"
+control = "old"
+metric = "accuracy"
+within = 0.02
+table = "results/a.csv"
+"""
+
+
+def sweep(folder, gain):
+    (folder / "claims.toml").write_text(TOML)
+    records = [
+        {"arm": arm, "seed": s, "accuracy": 0.5 + 0.001 * (-1) ** s + step + 0.001 * s * (arm == "new")}
+        for arm, step in (("old", 0.0), ("again", 0.0), ("new", gain))
+        for s in range(4)
+    ]
+    save_table(folder / "results" / "a.csv", records, settings={})
+
+
+def test_the_page_of_claims(tmp_path, script, capsys):
+    sweep(tmp_path, 0.1)
+    assert script.main(["--claims", str(tmp_path / "claims.toml")]) == 0
+    page = (tmp_path / "CLAIMS.md").read_text()
+    assert "`results/a.csv`: old against again (accuracy): 0.0% false verdicts in 16 null cases" in page
+    assert (
+        "| **up**: New beats old. | L0 | `tests/test_x.py` | no | supported (a)<br>not run here (later) |"
+        in page
+    )
+    assert "supported (a) | not run |" in page.split("**same**")[1]
+    out = capsys.readouterr().out
+    assert "up: +0.101 [" in out  # gains .100 .101 .102 .103, mean .1015 (just below, in binary)
+    assert "up: not run here (later)" in out
+    # a supported claim that turns fails the check; one that merely fades does not
+    sweep(tmp_path, 0.0)
+    assert script.main(["--check", "--claims", str(tmp_path / "claims.toml")]) == 0
+    sweep(tmp_path, -0.1)
+    assert script.main(["--check", "--claims", str(tmp_path / "claims.toml")]) == 1
+    assert "up on results/a.csv: recorded as supported, now opposite" in capsys.readouterr().out
+    assert (tmp_path / "CLAIMS.md").read_text() == page
+
+
+def test_holm_takes_verdicts_down_by_a_step(script):
+    assert script.after_holm("supported", 0.01, 0.2, "difference") == "right direction"
+    assert script.after_holm("supported", 0.2, 0.2, "difference") == "inconclusive"
+    assert script.after_holm("supported", 0.2, 0.2, "within") == "inconclusive"
+    assert script.after_holm("supported", 0.01, 0.04, "trend") == "supported"
+    assert script.after_holm("opposite", 0.2, 1.0, "difference") == "inconclusive"
+    label = " (questions only, one seed)"
+    assert script.after_holm("right direction" + label, 0.2, 1.0, "difference") == "inconclusive" + label
+    # two claims with p = .03 each do not survive together, one alone does
+    one = judge(runs([0.05, 0.09, 0.07]))
+    alone, pair = script.corrected([one]), script.corrected([one, one._replace(p=0.049, p_smallest=0.049)])
+    assert alone[0][0] == pytest.approx(one.p)
+    assert pair[0][0] == pytest.approx(2 * one.p)
+    assert script.corrected([judge(None)])[0][1] == "not run here"
+
+
 # --- refusals
 
 

@@ -66,12 +66,13 @@ class Claim(NamedTuple):
     def cells(self) -> dict[str, str]:
         """The columns of the table as text, in reading order."""
         against = f"{self.control} {_number(self.control_mean)}" if self.control else ""
+        span = f"{_signed(self.effect)} [{_signed(self.low)}, {_signed(self.high)}]"
         counts = f"{self.seeds} seeds x {self.bases} bases x {self.questions} questions"
         cells = {
             "claim": f"{self.paper}: {self.sentence}",
             "arm": f"{self.arm} {_number(self.arm_mean)}",
             "control": against,
-            "effect [95 %]": f"{_signed(self.effect)} [{_signed(self.low)}, {_signed(self.high)}]",
+            "effect [95 %]": span if self.runs else "",
             "matters from": _number(self.smallest_effect),
             "error removed": "" if math.isnan(self.error_removed) else f"{self.error_removed:.0%}",
             "paper": "" if math.isnan(self.reported) else f"{_signed(self.reported)} ({self.reported_basis})",
@@ -107,8 +108,8 @@ class Claim(NamedTuple):
 
     def __str__(self) -> str:
         """One line: name, effect, interval, verdict."""
-        span = f"{_signed(self.effect)} [{_signed(self.low)}, {_signed(self.high)}]"
-        return f"{self.name}: {span} {self.verdict}"
+        span = f"{_signed(self.effect)} [{_signed(self.low)}, {_signed(self.high)}] "
+        return f"{self.name}: {span if self.runs else ''}{self.verdict}"
 
 
 def claim(

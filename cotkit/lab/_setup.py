@@ -141,6 +141,7 @@ def _figures() -> None:
     """Light, readable figures; nothing happens where matplotlib is not installed."""
     try:
         import matplotlib as mpl
+        from cycler import cycler
     except ImportError:
         return
     mpl.rcParams.update(
@@ -162,6 +163,6 @@ def _figures() -> None:
             "grid.linewidth": 0.6,
             "legend.frameon": False,
             "lines.linewidth": 1.8,
-            "axes.prop_cycle": mpl.cycler(color=COLOURS),
+            "axes.prop_cycle": cycler(color=COLOURS),
         }
     )

@@ -82,7 +82,8 @@ def show_segments(row: Mapping[str, Any], tokenizer: Any, fmt: Format | str = "t
         raise TypeError(f"show_segments: expected one row (a dict), got {type(row).__name__}. Pass rows[0].")
     batch = encode([row], tokenizer, fmt, malformed="keep")
     table = pd.DataFrame(_tokens(batch, 0, tokenizer))
-    lines, last = [], None
+    lines: list[tuple[str, str, list[str]]] = []
+    last = None
     for token in table.itertuples():
         name = token.segment + (f" {token.step + 1}" if token.step >= 0 else "")
         if name != last:
@@ -196,8 +197,8 @@ def _seen(table: Any, row: int, rows: int) -> str:
             for token in part.itertuples()
         ]
         lines.append(
-            f'<tr><th style="text-align:left">{escape(str(name))}<br><small>largest push {largest:.2g}</small>'
-            "</th>"
+            f'<tr><th style="text-align:left">{escape(str(name))}<br>'
+            f"<small>largest push {largest:.2g}</small></th>"
             f'<td style="text-align:left;{_BOX}">{"".join(spans)}</td></tr>'
         )
     head = f"<tr><td></td><th>row {row}</th></tr>" if rows > 1 else ""
@@ -385,7 +386,7 @@ def plot_scores(
         s, r = np.asarray(scores, dtype=float), np.asarray(right).astype(bool)
         if s.shape != r.shape or s.ndim != 1:
             raise ValueError(
-                f"plot_scores: expected scores and right [N] for {name!r}, got {list(s.shape)}, {list(r.shape)}."
+                f"plot_scores: expected scores, right [N] for {name!r}, got {list(s.shape)}, {list(r.shape)}."
             )
         data[name] = (s, r)
     everything = np.concatenate([s for s, _ in data.values()])
