@@ -237,6 +237,70 @@ def test_nothing_is_sent(tmp_path, monkeypatch):
     make(tmp_path)
 
 
+def test_rows_become_items_with_their_columns():
+    rows = [{**row, "rank": i % 3, "group": i // 4} for i, row in enumerate(worker.sums(8))]
+    tokenizer = worker.letters()
+    flat = bridge.dataset(rows, tokenizer, columns=("rank",))
+    block = tokens.encode(rows, tokenizer)
+    batch = bridge.collate(list(flat), columns=("rank",))
+    for name in ("input_ids", "attention_mask", "labels", "segments", "steps", "turns"):
+        assert batch[name].tolist() == block[name].tolist()
+    assert batch["rank"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    whole = bridge.dataset(rows, tokenizer, columns=("rank",), unit="group")
+    assert len(whole) == 2
+    again = bridge.collate(list(whole), columns=("rank",))
+    assert again["group"].tolist() == [0] * 4 + [1] * 4
+    assert again["input_ids"].tolist() == block["input_ids"].tolist()
+    broken = [*rows, {"prompt": "1+1?", "completion": "no tags", "rank": 0}]
+    kept = bridge.dataset(broken, tokenizer, columns=("rank",), malformed="keep")
+    assert sum(kept["malformed"]) == 1
+
+
+@pytest.mark.parametrize("unit", ["token", "group"])
+def test_reference_logps_are_those_of_the_frozen_model(unit):
+    rows = [{**row, "group": i // 2} for i, row in enumerate(worker.sums(6))]
+    data = bridge.dataset(rows, worker.letters(), unit=unit)
+    network = worker.letter_model().train()
+    batch = bridge.collate(list(bridge.add_logps(data, network, batch_size=2)), columns=("ref_logps",))
+    assert network.training
+    want = tokens.model_logps(network.eval(), batch)
+    torch.testing.assert_close(batch["ref_logps"], want, rtol=1e-5, atol=1e-6)
+    assert (batch["ref_logps"][batch["labels"] == -100] == 0).all()
+
+
+@pytest.mark.parametrize("microbatch", [None, 5])
+def test_fit_takes_the_step_that_the_lab_takes(microbatch):
+    from cotkit import lab
+
+    same = {"steps": 1, "lr": 1e-3, "batch": 12, "warmup": 0.0, "clip": 1e9}
+    ours, theirs = worker.letter_model(), worker.letter_model()
+    left = lab.fit(ours, worker.letters(), worker.sums(), worker.plain, **same)
+    state = torch.get_rng_state()
+    right = bridge.fit(theirs, worker.letters(), worker.sums(), worker.plain, microbatch=microbatch, **same)
+    assert torch.equal(state, torch.get_rng_state())
+    assert list(right.columns) == list(left.columns)
+    for name in ("step", "loss", "grad_norm", "lr", "tokens"):
+        assert right[name].tolist() == pytest.approx(left[name].tolist(), rel=1e-4), name
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert (a - b).abs().max() < 2e-5, name  # AdamW moves by lr = 1e-3 wherever there is a gradient
+
+
+def test_a_copy_of_a_fitted_model_stands_alone():
+    import copy
+
+    network = worker.letter_model()
+    history = bridge.fit(network, worker.letters(), worker.sums(), worker.plain, steps=3, batch=4)
+    assert history["step"].tolist() == [0, 1, 2]
+    assert history["loss"].iloc[-1] < history["loss"].iloc[0]
+    twin = copy.deepcopy(network)
+    ids = torch.tensor([[5, 6, 7]])
+    before = twin(input_ids=ids).logits
+    with torch.no_grad():
+        for value in network.parameters():
+            value.zero_()
+    assert torch.equal(twin(input_ids=ids).logits, before)
+
+
 def make(folder, *, loss=worker.plain, options=None, network=None, data=None, peft_config=None, **changes):
     return bridge.sft_trainer(loss, **(options or {}))(
         worker.model() if network is None else network,
@@ -290,6 +354,16 @@ def test_refusals(tmp_path):
         make(tmp_path, network=worker.model().requires_grad_(False))
     with pytest.raises(ValueError, match="expected the loss to return a 0-d tensor"):
         make(tmp_path, loss=lambda logps, batch, denom: logps).train()  # noqa: ARG005
+    with pytest.raises(ValueError, match="expected at least one row"):
+        bridge.dataset([], worker.letters())
+    with pytest.raises(ValueError, match="expected column 'rank' in every row, got none in row 0"):
+        bridge.dataset(worker.sums(2), worker.letters(), columns=("rank",))
+    with pytest.raises(ValueError, match="expected answer as a number"):
+        bridge.dataset(worker.sums(2), worker.letters(), columns=("answer",))
+    with pytest.raises(ValueError, match="one per token"):
+        bridge.dataset([{**worker.sums(1)[0], "weight": [1.0, 2.0]}], worker.letters(), columns=("weight",))
+    with pytest.raises(ValueError, match="expected a new column name"):
+        bridge.add_logps(worker.flat(), worker.model())
     with pytest.raises(ValueError, match="rows and groups mixed"):
         bridge.collate([worker.flat()[0], worker.groups()[0]])
     with pytest.raises(ValueError, match="expected column 'rank' in every item"):

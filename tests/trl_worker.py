@@ -1,5 +1,4 @@
-"""One optimizer step through ``interop.trl``; imported by test_interop_trl.py and launched by it as two
-processes.
+"""One optimizer step through ``interop.trl``: what the interop tests share, and launch as two processes.
 
 Not a test file: ``python -m torch.distributed.run --nproc-per-node 2 tests/trl_worker.py OUT``.
 """
@@ -44,6 +43,37 @@ def tokenizer(words=None):
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
+
+
+SPECIALS = ["<pad>", "<eos>", "<think>", "</think>"]
+
+
+def letters():
+    """A byte-level tokenizer without merges: any text, one token per byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = SPECIALS + sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(SPECIALS)
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+
+
+def letter_model(seed=0):
+    """A Llama for ``letters``."""
+    return model(seed, vocab_size=len(letters()), hidden_size=64, initializer_range=0.1, eos_token_id=1)
+
+
+def sums(count=12):
+    """Additions with a one-step thought."""
+    made = []
+    for i in range(count):
+        a, b = i % 4 + 1, i // 4 + 1
+        text = tokens.FORMATS["think"].render([f"{a}+{b}={a + b}"], str(a + b))
+        made.append({"prompt": f"{a}+{b}?\n", "completion": text, "answer": str(a + b)})
+    return made
 
 
 def items(count=8, seed=0):
