@@ -91,7 +91,7 @@ def finite(fn: str, **numbers: Any) -> None:
             raise ValueError(f"{fn}: expected {name} finite, got {value}.")
 
 
-def at_least(fn: str, low: float, **numbers: Any) -> None:
+def at_least(fn: str, low: int | float, **numbers: Any) -> None:
     """Raise unless every Python number is finite and not below ``low``."""
     for name, value in numbers.items():
         finite(fn, **{name: value})
@@ -112,7 +112,7 @@ def interval(fn: str, **pairs: Any) -> None:
             raise ValueError(f"{fn}: expected {name} = (low, high) with 0 <= low <= high, got {pair!r}.")
 
 
-def between(fn: str, low: float, high: float, **numbers: Any) -> None:
+def between(fn: str, low: int | float, high: int | float, **numbers: Any) -> None:
     """Raise unless every Python number lies in [low, high]."""
     for name, value in numbers.items():
         finite(fn, **{name: value})

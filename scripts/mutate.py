@@ -5,8 +5,8 @@
     python scripts/mutate.py --only cotkit/losses/sft.py --list
 
 Every mutant runs the tests of its own file in a process forked from a warm one, so torch is imported once. A
-mutant that no test kills is a survivor: write the pin, or, if it computes the same thing, add it with its reason
-to ``scripts/mutants_equivalent.toml``. The exit status is 1 when there is a survivor.
+mutant that no test kills is a survivor: write the pin, or, if it computes the same thing, add it with its
+reason to ``scripts/mutants_equivalent.toml``. The exit status is 1 when there is a survivor.
 """
 
 import argparse

@@ -418,7 +418,7 @@ def optional(function: typing.Callable) -> set[str]:
 
 
 def gradients(outputs: list[torch.Tensor], arguments: tuple[list, dict]) -> list[torch.Tensor | None]:
-    """Return the gradient of every floating argument; [B, T] outputs are left out: their masked part is free."""
+    """Return the gradient of every floating argument, without [B, T] outputs: their masked part is free."""
     inputs = [
         x for x in [*arguments[0], *arguments[1].values()] if isinstance(x, torch.Tensor) and x.requires_grad
     ]
