@@ -10,6 +10,7 @@ from cotkit.lab._data import has_data, rows
 from cotkit.lab._generate import evaluate, generator, sample
 from cotkit.lab._model import load
 from cotkit.lab._setup import setup
+from cotkit.lab._show import microscope, plot, plot_arms, plot_scores, show_segments
 from cotkit.lab._table import Table, save_table, table
 from cotkit.lab._train import fit
 
@@ -22,6 +23,11 @@ __all__ = [
     "sample",
     "generator",
     "evaluate",
+    "show_segments",
+    "microscope",
+    "plot",
+    "plot_arms",
+    "plot_scores",
     "claim",
     "Claim",
     "holm",

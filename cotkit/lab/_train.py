@@ -102,9 +102,24 @@ def fit(
         from cotkit.interop.trl import fit as trl_fit
 
         return trl_fit(
-            model, tokenizer, rows, loss, steps=steps, lr=lr, batch=batch, seed=seed, fmt=fmt, columns=columns,
-            unit=unit, warmup=warmup, weight_decay=weight_decay, clip=clip, max_length=max_length,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            rows,
+            loss,
+            steps=steps,
+            lr=lr,
+            batch=batch,
+            seed=seed,
+            fmt=fmt,
+            columns=columns,
+            unit=unit,
+            microbatch=microbatch,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            clip=clip,
+            max_length=max_length,
+            malformed=malformed,
+        )
     import pandas as pd
 
     def encoded(chosen: Sequence[dict[str, Any]]) -> Batch:
