@@ -288,7 +288,7 @@ def bootstrap_interval(
 def _bca(
     drawn: NDArray[np.float64], whole: float, without: NDArray[np.float64], tails: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Tails of the BCa interval from the resamples, the statistic of the data and of the data without each question."""
+    """Tails of the BCa interval; ``without`` holds the statistic of the data without each question."""
     from statistics import NormalDist
 
     normal = NormalDist()
