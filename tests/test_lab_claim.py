@@ -233,6 +233,7 @@ def test_reported_numbers_stand_beside_ours():
 def test_share_of_the_grid_and_of_the_runs():
     c = judge(runs([0.05, -0.01, 0.07]), grid={1e-4: (0.6, 0.5), 2e-4: (0.6, 0.5), 3e-4: (0.4, 0.5)})
     assert c.grid_share == pytest.approx(2 / 3)
+    assert c.cells()["sign holds"] == "in 67% of runs, 67% of settings"
     assert c.sign_share == pytest.approx(2 / 3)
 
 

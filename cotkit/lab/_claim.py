@@ -67,6 +67,8 @@ class Claim(NamedTuple):
         """The columns of the table as text, in reading order."""
         against = f"{self.control} {_number(self.control_mean)}" if self.control else ""
         span = f"{_signed(self.effect)} [{_signed(self.low)}, {_signed(self.high)}]"
+        signs = "" if math.isnan(self.sign_share) else f"in {self.sign_share:.0%} of runs"
+        signs += "" if math.isnan(self.grid_share) else f", {self.grid_share:.0%} of settings"
         counts = f"{self.seeds} seeds x {self.bases} bases x {self.questions} questions"
         cells = {
             "claim": f"{self.paper}: {self.sentence}",
@@ -77,6 +79,7 @@ class Claim(NamedTuple):
             "error removed": "" if math.isnan(self.error_removed) else f"{self.error_removed:.0%}",
             "paper": "" if math.isnan(self.reported) else f"{_signed(self.reported)} ({self.reported_basis})",
             "runs": counts if self.runs else "none",
+            "sign holds": signs,
             "verdict": self.verdict,
         }
         if not math.isnan(self.reported_error_removed):
