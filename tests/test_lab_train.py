@@ -1,4 +1,4 @@
-"""The embedded model, sampling and the loop: shapes, seeds, batch cuts, groups, and the road of the checkpoints."""
+"""The embedded model, sampling and the loop: shapes, seeds, batch cuts, groups, the road of the checkpoints."""
 
 import json
 import random
@@ -104,14 +104,16 @@ def test_sample_shapes_order_and_seed(tiny):
     prompts = [r["prompt"] for r in rows]
     out = lab.sample(*tiny, prompts, 3, max_new_tokens=40, seed=1)
     assert [len(t) for t in out["texts"]] == [3] * 5
-    assert out["ids"].shape == out["mask"].shape and out["ids"].shape[0] == out["truncated"].shape[0] == 15
+    assert out["ids"].shape == out["mask"].shape
+    assert out["ids"].shape[0] == out["truncated"].shape[0] == 15
     assert lab.sample(*tiny, prompts, 3, max_new_tokens=40, seed=1)["texts"] == out["texts"]
     assert lab.sample(*tiny, prompts, 3, max_new_tokens=40, seed=2)["texts"] != out["texts"]
     greedy = lab.sample(*tiny, prompts, 1, temperature=0, max_new_tokens=40)["texts"]
     small = lab.sample(*tiny, prompts[::-1], 1, temperature=0, max_new_tokens=40, batch=2)["texts"]
     assert small[::-1] == greedy  # the order of prompts and the size of batches change nothing
     short = lab.sample(*tiny, prompts, 1, max_new_tokens=3)
-    assert bool(short["truncated"].all()) and short["ids"].shape[1] == 3
+    assert bool(short["truncated"].all())
+    assert short["ids"].shape[1] == 3
     ends = out["ids"].gather(1, (out["mask"].sum(1) - 1)[:, None])[:, 0]
     assert torch.equal(ends == tiny[1].eos_token_id, ~out["truncated"])
 
@@ -129,7 +131,8 @@ def test_generator_counts_its_calls_and_stops(tiny):
     generate = lab.generator(*tiny, max_new_tokens=30, seed=4)
     assert generate(prompts, 4) != generate(prompts, 4)
     stopped = lab.generator(*tiny, max_new_tokens=30, stop="\n", temperature=0)(prompts, 1)[0][0]
-    assert stopped.count("\n") == 1 and stopped.endswith("\n")
+    assert stopped.count("\n") == 1
+    assert stopped.endswith("\n")
 
 
 def test_chat_prompts_go_through_the_template(tiny):
@@ -139,14 +142,23 @@ def test_chat_prompts_go_through_the_template(tiny):
 
 
 def test_evaluate_hands_columns_over():
-    rows = [{"prompt": "2+2=", "answer": "4", "meta": {"n": 7}}, {"prompt": "1+2=", "answer": "3", "meta": {"n": 8}}]
+    rows = [
+        {"prompt": "2+2=", "answer": "4", "meta": {"n": 7}},
+        {"prompt": "1+2=", "answer": "3", "meta": {"n": 8}},
+    ]
 
     def reward(prompts, completions, *, answer, meta, **columns):
-        return [None if c == "?" else float(c == a) + m["n"] for c, a, m in zip(completions, answer, meta, strict=True)]
+        return [
+            None if c == "?" else float(c == a) + m["n"]
+            for c, a, m in zip(completions, answer, meta, strict=True)
+        ]
 
     frame = lab.evaluate(lambda prompts, n: [["4", "?"] for _ in prompts], rows, {"r": reward}, n=2)
-    assert frame["row"].tolist() == [0, 0, 1, 1] and frame["sample"].tolist() == [0, 1, 0, 1]
-    assert frame["r"].tolist()[0] == 8 and frame["r"].tolist()[2] == 8 and frame["r"].isna().tolist() == [False, True] * 2
+    assert frame["row"].tolist() == [0, 0, 1, 1]
+    assert frame["sample"].tolist() == [0, 1, 0, 1]
+    assert frame["r"].tolist()[0] == 8
+    assert frame["r"].tolist()[2] == 8
+    assert frame["r"].isna().tolist() == [False, True] * 2
 
 
 def test_fit_repeats_itself_and_learns():
@@ -156,10 +168,13 @@ def test_fit_repeats_itself_and_learns():
         model, tokenizer = lab.load("tiny")
         history = lab.fit(model, tokenizer, rows, sft, steps=6, batch=8, lr=1e-3, seed=seed)
         runs.append((history, model.lm_head.weight.detach().clone()))
-    assert torch.equal(runs[0][1], runs[1][1]) and not torch.equal(runs[0][1], runs[2][1])
+    assert torch.equal(runs[0][1], runs[1][1])
+    assert not torch.equal(runs[0][1], runs[2][1])
     history = runs[0][0]
     assert history["loss"].iloc[-1] < history["loss"].iloc[0]
-    assert history["lr"].iloc[0] <= 1e-3 and history["lr"].iloc[-1] < 2e-4 and (history["tokens"] > 0).all()
+    assert history["lr"].iloc[0] <= 1e-3
+    assert history["lr"].iloc[-1] < 2e-4
+    assert (history["tokens"] > 0).all()
 
 
 @pytest.mark.parametrize(("loss", "unit"), [(sft, "token"), (aft, "group")])
@@ -189,9 +204,14 @@ def test_groups_stay_whole_and_are_numbered_anew():
 
     lab.fit(model, tokenizer, group_rows(), spy, steps=3, batch=3, unit="group", columns=("rank", "gold"))
     for group, gold, denom in seen:
-        assert denom == 3 and set(group) == {0, 1, 2}
+        assert denom == 3
+        assert set(group) == {0, 1, 2}
         for g in (0, 1, 2):
-            assert [d for d, h in zip(gold, group, strict=True) if h == g] == [1, 0, 0]  # whole, reference first
+            assert [d for d, h in zip(gold, group, strict=True) if h == g] == [
+                1,
+                0,
+                0,
+            ]  # whole, reference first
 
 
 def test_callable_rows_and_prepare():
@@ -207,7 +227,8 @@ def test_callable_rows_and_prepare():
         return batch | {"input_ids": ids}
 
     history = lab.fit(model, tokenizer, fresh, sft, steps=3, prepare=noise)
-    assert asked == [0, 1, 2] and len(history) == 3
+    assert asked == [0, 1, 2]
+    assert len(history) == 3
 
 
 def test_engine_trl_is_the_same_training():
@@ -219,7 +240,9 @@ def test_engine_trl_is_the_same_training():
         assert len(history) == 2
         weights.append(model.lm_head.weight.detach().clone())
     moved = (weights[0] - lab.load("tiny")[0].lm_head.weight).abs().max()
-    assert (weights[0] - weights[1]).abs().max() < 0.05 * moved  # whole batches: the order of rows plays no part
+    assert (
+        weights[0] - weights[1]
+    ).abs().max() < 0.05 * moved  # whole batches: the order of rows plays no part
 
 
 def test_saved_model_loads_again_and_lora_trains(tmp_path, tiny):
@@ -232,7 +255,8 @@ def test_saved_model_loads_again_and_lora_trains(tmp_path, tiny):
     torch.testing.assert_close(tokens.model_logps(again, batch), tokens.model_logps(model, batch))
     lab.fit(again, again_tokenizer, rows, sft, steps=2, batch=4)
     changed = [n for n, p in again.named_parameters() if p.requires_grad]
-    assert changed and all("lora" in n for n in changed)
+    assert changed
+    assert all("lora" in n for n in changed)
 
 
 @pytest.mark.errors

@@ -68,7 +68,9 @@ def test_row_contract(name):
         assert len(row["states"]) == len(row["steps"])
         assert row["completion"] == FORMATS["think"].render(row["steps"], row["answer"])
         parts = FORMATS["think"].parse(row["completion"])
-        assert parts.ok and parts.steps == row["steps"] and parts.answer == row["answer"]
+        assert parts.ok
+        assert parts.steps == row["steps"]
+        assert parts.answer == row["answer"]
         for path in row["paths"]:
             assert path != row["steps"]
             assert replay(path) == row["answer"]
@@ -107,8 +109,11 @@ def test_distractor_numbers_never_enter_the_chain():
         plain = word_problem(random.Random(seed), steps=(3, 3))
         row = word_problem(random.Random(seed), steps=(3, 3), distractors=3)
         people = [n for n in ("years old", "cousins", "lives at number", "hats") if n in row["prompt"]]
-        assert people and len(row["prompt"]) > len(plain["prompt"])
-        amounts = re.findall(r"has (\d+) (?!cousins|hats)|(?:gets|finds|buys|away|loses|sells) (\d+)", row["prompt"])
+        assert people
+        assert len(row["prompt"]) > len(plain["prompt"])
+        amounts = re.findall(
+            r"has (\d+) (?!cousins|hats)|(?:gets|finds|buys|away|loses|sells) (\d+)", row["prompt"]
+        )
         known = {int(a or b) for a, b in amounts} | {2}
         first = EQUATION.search(row["steps"][0])[1]
         assert {int(n) for n in re.findall(r"\d+", first)} <= known
@@ -116,11 +121,16 @@ def test_distractor_numbers_never_enter_the_chain():
 
 def test_unanswerable_cue_and_dozen():
     row = word_problem(random.Random(1), answerable=0.0)
-    assert row["answer"] == "unknown" and "some" in row["prompt"] and row["meta"]["answerable"] is False
+    assert row["answer"] == "unknown"
+    assert "some" in row["prompt"]
+    assert row["meta"]["answerable"] is False
     row = word_problem(random.Random(1), cue=1.0)
-    assert f"A friend says {row['meta']['cue']}." in row["prompt"] and str(row["meta"]["cue"]) != row["answer"]
+    assert f"A friend says {row['meta']['cue']}." in row["prompt"]
+    assert str(row["meta"]["cue"]) != row["answer"]
     row = word_problem(random.Random(1), implicit=1.0)
-    assert "a dozen" in row["prompt"] and row["meta"]["implicit"] and replay(row["steps"]) == row["answer"]
+    assert "a dozen" in row["prompt"]
+    assert row["meta"]["implicit"]
+    assert replay(row["steps"]) == row["answer"]
 
 
 def test_detail_grows():

@@ -1,13 +1,13 @@
 """The notebook bench: a tiny model that is really trained, a small loop, and honest tables.
 
 Functions, in the order of a notebook: ``setup`` seeds and silence; ``load`` model and tokenizer; ``rows`` data;
-``fit`` training; ``sample``, ``generator`` writing; ``evaluate`` the metric loop; ``show_segments``, ``microscope``,
+``fit`` training; ``sample``, ``generator`` writing; ``evaluate`` the metric loop; ``score`` how likely a chain is; ``show_segments``, ``microscope``,
 ``plot_arms``, ``plot_scores`` looking; ``claim`` judging.
 """
 
 from cotkit.lab._claim import Claim, claim, false_verdicts, holm
 from cotkit.lab._data import has_data, rows
-from cotkit.lab._generate import evaluate, generator, sample
+from cotkit.lab._generate import evaluate, generator, sample, score
 from cotkit.lab._model import load
 from cotkit.lab._setup import setup
 from cotkit.lab._show import microscope, plot, plot_arms, plot_scores, show_segments
@@ -23,6 +23,7 @@ __all__ = [
     "sample",
     "generator",
     "evaluate",
+    "score",
     "show_segments",
     "microscope",
     "plot",

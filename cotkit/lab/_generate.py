@@ -11,6 +11,7 @@ from cotkit.lab._setup import show_progress
 if TYPE_CHECKING:
     import pandas as pd
 
+
 def progress(items: Any, description: str) -> Any:
     """A progress bar over ``items``; silent under CI."""
     from tqdm.auto import tqdm
@@ -32,7 +33,7 @@ def sample(
     batch: int = 256,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Write ``n`` completions of every prompt; ids and truncation are kept where they matter.
+    r"""Write ``n`` completions of every prompt; ids and truncation are kept where they matter.
 
     Args:
         model: a causal language model; it is put back into its mode afterwards.
@@ -45,8 +46,9 @@ def sample(
         seed: seed of the draw; equal calls give equal texts. The global generator is left as it was.
 
     Returns:
-        ``texts`` list of lists [P][n], without the end token, tags kept; ``ids`` [P * n, T] int64, padded on the
-        right, end token included; ``mask`` [P * n, T] bool; ``truncated`` [P * n] bool, True where no end came.
+        ``texts`` list of lists [P][n], without the end token, tags kept; ``ids`` [P * n, T] int64, padded
+        on the right, end token included; ``mask`` [P * n, T] bool; ``truncated`` [P * n] bool, True where
+        no end came.
 
     Raises:
         ValueError: no prompts, ``n`` or ``max_new_tokens`` below 1, a negative temperature, no pad token.
@@ -67,7 +69,9 @@ def sample(
     if temperature < 0:
         raise ValueError(f"sample: expected temperature >= 0 (0 = greedy), got {temperature}.")
     if tokenizer.pad_token_id is None:
-        raise ValueError("sample: expected a tokenizer with a pad token. Set tokenizer.pad_token = tokenizer.eos_token.")
+        raise ValueError(
+            "sample: expected a tokenizer with a pad token. Set tokenizer.pad_token = tokenizer.eos_token."
+        )
     coded = [_prompt_ids(tokenizer, p) for p in prompts for _ in range(n)]
     order = sorted(range(len(coded)), key=lambda i: len(coded[i]))  # prompts of one length share a batch
     ends = _end_ids(model, tokenizer)
@@ -86,13 +90,19 @@ def sample(
                 else {"do_sample": False}
             )
             written = model.generate(
-                **block, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends, **how
+                **block,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=ends,
+                **how,
             )[:, block["input_ids"].shape[1] :].tolist()
             out |= {i: _cut(ids, ends) for i, ids in zip(chosen, written, strict=True)}
     model.train(training)
     completions = [out[i] for i in range(len(coded))]
     finished = [bool(ids) and ids[-1] in ends for ids in completions]
-    texts = [tokenizer.decode(ids[:-1] if done else ids) for ids, done in zip(completions, finished, strict=True)]
+    texts = [
+        tokenizer.decode(ids[:-1] if done else ids) for ids, done in zip(completions, finished, strict=True)
+    ]
     longest = max(1, max(map(len, completions)))
     ids = torch.full((len(completions), longest), tokenizer.pad_token_id)
     mask = torch.zeros(len(completions), longest, dtype=torch.bool)
@@ -100,7 +110,12 @@ def sample(
         ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
         mask[i, : len(row)] = True
     nested = [texts[i : i + n] for i in range(0, len(texts), n)]
-    return {"texts": nested, "ids": ids, "mask": mask, "truncated": torch.tensor([not done for done in finished])}
+    return {
+        "texts": nested,
+        "ids": ids,
+        "mask": mask,
+        "truncated": torch.tensor([not done for done in finished]),
+    }
 
 
 def _prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
@@ -137,7 +152,7 @@ def generator(
     stop: str | None = None,
     seed: int = 0,
 ) -> Generate:
-    """The text view of ``sample``: a callable ``generate(prompts, n) -> list[list[str]]``.
+    r"""The text view of ``sample``: a callable ``generate(prompts, n) -> list[list[str]]``.
 
     Args:
         model: a causal language model.
@@ -183,6 +198,61 @@ def generator(
     return generate
 
 
+def score(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[dict[str, Any]],
+    fmt: Any = "think",
+    *,
+    mean: bool = True,
+    batch: int = 128,
+) -> torch.Tensor:
+    """Log-probability that a model gives to each row's completion: AFT's score of a chain.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        rows: rows with ``prompt`` and ``completion``; malformed completions (samples often are) count too.
+        fmt: how a thought and its answer are written.
+        mean: mean over the completion's tokens, the end token included (L125); False: their sum.
+        batch: rows at a time; rows of one length share a batch.
+
+    Returns:
+        Nats (per token) [N], float32 on the CPU, without gradient.
+
+    Raises:
+        ValueError: no rows.
+
+    Source: AFT (2023) arXiv:2309.02144 Eq. 2
+    Basis: second-hand
+    Differs: nothing.
+
+    Example:
+        >>> from cotkit import lab
+        >>> rows = lab.rows("word_problem", "test", n=2)
+        >>> lab.score(*lab.load("tiny"), rows).shape
+        torch.Size([2])
+    """
+    from cotkit.tokens import encode, model_logps, seq_logps
+
+    if not len(rows):
+        raise ValueError("score: expected rows with prompt and completion, got none.")
+    order = sorted(
+        range(len(rows)), key=lambda i: len(str(rows[i]["prompt"])) + len(str(rows[i]["completion"]))
+    )
+    training = model.training
+    model.eval()
+    values = torch.empty(len(rows))
+    for start in progress(range(0, len(order), batch), "score"):
+        chosen = order[start : start + batch]
+        block = encode([rows[i] for i in chosen], tokenizer, fmt, malformed="keep")
+        block = {name: value.to(model.device) for name, value in block.items()}
+        logps = model_logps(model, block)
+        values[chosen] = seq_logps(logps, block["labels"] != -100, mean=mean).float().cpu()
+    model.train(training)
+    return values
+
+
 def evaluate(
     generate: Generate,
     rows: Sequence[dict[str, Any]],
@@ -210,23 +280,37 @@ def evaluate(
 
     Example:
         >>> from cotkit import lab
-        >>> right = lambda prompts, completions, *, answer, **columns: [float(c == a) for c, a in zip(completions, answer)]
-        >>> frame = lab.evaluate(lambda prompts, n: [["4"] * n for _ in prompts], [{"prompt": "2+2=", "answer": "4"}], {"right": right})
+        >>> right = lambda prompts, completions, *, answer, **columns: [
+        ...     float(c == a) for c, a in zip(completions, answer)
+        ... ]
+        >>> frame = lab.evaluate(
+        ...     lambda prompts, n: [["4"] * n for _ in prompts],
+        ...     [{"prompt": "2+2=", "answer": "4"}],
+        ...     {"right": right},
+        ... )
         >>> frame["right"].mean()
         np.float64(1.0)
     """
     import pandas as pd
 
     if not rows or not rewards:
-        raise ValueError(f"evaluate: expected rows and rewards, got {len(rows)} rows and {len(rewards)} rewards.")
+        raise ValueError(
+            f"evaluate: expected rows and rewards, got {len(rows)} rows and {len(rewards)} rewards."
+        )
     lines = []
     for start in progress(range(0, len(rows), chunk), "evaluate"):
         part = rows[start : start + chunk]
         written = generate([r["prompt"] for r in part], n)
         if [len(texts) for texts in written] != [n] * len(part):
-            raise ValueError(f"evaluate: expected {n} completions for each of {len(part)} prompts from generate.")
+            raise ValueError(
+                f"evaluate: expected {n} completions for each of {len(part)} prompts from generate."
+            )
         flat = [(start + i, k, text) for i, texts in enumerate(written) for k, text in enumerate(texts)]
-        columns = {name: [rows[i][name] for i, _, _ in flat] for name in part[0] if name not in ("prompt", "completion")}
+        columns = {
+            name: [rows[i][name] for i, _, _ in flat]
+            for name in part[0]
+            if name not in ("prompt", "completion")
+        }
         prompts, completions = [rows[i]["prompt"] for i, _, _ in flat], [text for _, _, text in flat]
         block = pd.DataFrame(flat, columns=["row", "sample", "completion"])
         for name, reward in rewards.items():

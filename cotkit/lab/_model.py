@@ -1,4 +1,4 @@
-"""The embedded model: a real tokenizer, a small Llama, its shipped checkpoints, and ``load`` for any other model."""
+"""The embedded model: a real tokenizer, a small Llama, its checkpoints; and ``load`` for any other model."""
 
 import random
 import tempfile
@@ -11,7 +11,18 @@ from cotkit._check import integers
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 VOCABULARY = 768
-SPECIALS = ("<pad>", "<eos>", "<mask>", "<think>", "</think>", "<tool>", "</tool>", "<user>", "<assistant>", "<system>")
+SPECIALS = (
+    "<pad>",
+    "<eos>",
+    "<mask>",
+    "<think>",
+    "</think>",
+    "<tool>",
+    "</tool>",
+    "<user>",
+    "<assistant>",
+    "<system>",
+)
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}"
     "{% if m['role'] == 'assistant' %}{{ '<eos>' }}{% endif %}{% endfor %}"
@@ -19,29 +30,32 @@ CHAT_TEMPLATE = (
 )
 # Frequent English words, so that prose outside the tasks does not fall apart into letters.
 COMMON = (
-    "the of and to in is that it was for on are as with they be at one have this from or had by not but what all "
-    "were we when there can an your which their said if do will each about how up out them then she many some so "
-    "these would other into has more her two like him see time could no make than first been its who now people my "
-    "made over did down only way find use may water long little very after words called just where most know get "
-    "through back much before go good new write our used me man too any day same right look think also around "
-    "another came come work three word must because does part even place well such here take why things help put "
-    "years different away again off went old number great tell men say small every found still between name should "
-    "home big give air line set own under read last never us left end along while might next sound below saw "
-    "something thought both few those always looked show large often together asked house world going want school "
-    "until form food keep children feet land side without boy once animals life enough took sometimes four head "
-    "above kind began almost live page got earth need far hand high year mother light parts country father let night "
-    "following picture being study second soon story since white ever paper hard near sentence better best across "
-    "during today others however sure means knew try told young miles sun ways thing whole hear example heard "
-    "several change answer room sea against top turned learn point city play toward five using himself usually "
-    "money seen car morning half cost costs each buy buys sold sell sells earn earns total hour hours minutes week "
-    "weeks month months dollars cents price pay pays paid per percent times twice add adding left remaining many "
-    "much eat eats spend spends spent save saves bought gave friends boxes bags eggs cookies books apples miles "
-    "pounds feet students class party days altogether combined how does she he it take makes needs worked weighs"
+    "the of and to in is that it was for on are as with they be at one have this from or had by not but "
+    "what all were we when there can an your which their said if do will each about how up out them "
+    "then she many some so these would other into has more her two like him see time could no make than "
+    "first been its who now people my made over did down only way find use may water long little very "
+    "after words called just where most know get through back much before go good new write our used me "
+    "man too any day same right look think also around another came come work three word must because "
+    "does part even place well such here take why things help put years different away again off went "
+    "old number great tell men say small every found still between name should home big give air line "
+    "set own under read last never us left end along while might next sound below saw something thought "
+    "both few those always looked show large often together asked house world going want school until "
+    "form food keep children feet land side without boy once animals life enough took sometimes four "
+    "head above kind began almost live page got earth need far hand high year mother light parts "
+    "country father let night following picture being study second soon story since white ever paper "
+    "hard near sentence better best across during today others however sure means knew try told young "
+    "miles sun ways thing whole hear example heard several change answer room sea against top turned "
+    "learn point city play toward five using himself usually money seen car morning half cost costs "
+    "each buy buys sold sell sells earn earns total hour hours minutes week weeks month months dollars "
+    "cents price pay pays paid per percent times twice add adding left remaining many much eat eats "
+    "spend spends spent save saves bought gave friends boxes bags eggs cookies books apples miles "
+    "pounds feet students class party days altogether combined how does she he it take makes needs "
+    "worked weighs"
 )
 
 
 def build_tokenizer(seed: int = 0) -> Any:
-    """Train the byte-level BPE tokenizer (digits one by one) on the lab's own tasks; the same bytes every time."""
+    """Train the byte-level BPE tokenizer, digits one by one, on the lab's own tasks: always the same."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -67,7 +81,10 @@ def build_tokenizer(seed: int = 0) -> Any:
     tokenizer = Tokenizer(models.BPE())
     split = Regex(r"\d| ?\p{L}+| ?[^\s\p{L}\p{N}]|\s+(?!\S)|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(split, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(split, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -114,14 +131,16 @@ def load(name: str = "tiny", *, four_bit: bool = False, lora: Any = None, seed: 
 
     Args:
         name: "tiny" (the embedded model), a directory that holds a saved Hugging Face model, or a hub id.
-        four_bit: load the weights in 4 bit (NF4, through bitsandbytes); on CUDA and on the CPU. Only LoRA weights can
-            be trained then.
-        lora: None, a rank (alpha is twice the rank, all linear layers but the head), or a ``peft.LoraConfig``.
-        seed: which of the embedded checkpoints (0, 1, 2: three pre-training runs), and the seed of new LoRA weights.
+        four_bit: load the weights in 4 bit (NF4, through bitsandbytes); on CUDA and on the CPU. Only LoRA
+            weights can be trained then.
+        lora: None, a rank (alpha is twice the rank, all linear layers but the head), or a
+            ``peft.LoraConfig``.
+        seed: which of the embedded checkpoints (0, 1, 2: three pre-training runs), and the seed of new LoRA
+            weights.
 
     Returns:
-        ``(model, tokenizer)``: on CUDA where there is one (bfloat16 there, for anything but "tiny"), else float32 on
-        the CPU; padding side left, pad token set.
+        ``(model, tokenizer)``: on CUDA where there is one (bfloat16 there, for anything but "tiny"), else
+        float32 on the CPU; padding side left, pad token set.
 
     Raises:
         ValueError: no such checkpoint, or a name that is neither a directory nor found on the hub.

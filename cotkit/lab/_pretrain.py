@@ -1,4 +1,4 @@
-"""How the embedded checkpoints are made: ``python -m cotkit.lab`` runs it, the same bits every time on one machine."""
+"""How the embedded checkpoints are made: ``python -m cotkit.lab``, the same bits every time on one machine."""
 
 import functools
 import json
@@ -25,13 +25,13 @@ WORDS = {steps: functools.partial(word_problem, steps=(steps, steps)) for steps 
 
 
 def mixture(rng: random.Random) -> dict[str, Any]:
-    """One row of the pre-training mixture: countdown .25, story problems of 1, 2 and 3 steps .15, .25, .35."""
+    """Draw a row of the mixture: countdown .25, story problems of 1, 2 and 3 steps .15, .25, .35."""
     task = rng.choices([COUNTDOWN, WORDS[1], WORDS[2], WORDS[3]], [0.25, 0.15, 0.25, 0.35])[0]
     return task(rng)
 
 
 def pretrain(seed: int, *, steps: int = STEPS, batch: int = BATCH, lr: float = LR) -> tuple[Any, Any]:
-    """Train the tiny model from random weights on fresh rows; plain full logits, so that no other code can move it."""
+    """Train the tiny model from random weights on fresh rows; plain full logits, so no other code moves it."""
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
@@ -39,10 +39,17 @@ def pretrain(seed: int, *, steps: int = STEPS, batch: int = BATCH, lr: float = L
     model.train()
     for step in progress(range(steps), f"pretrain {seed}"):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 80) * (0.05 + 0.475 * (1 + math.cos(math.pi * step / steps)))
-        drawn = sorted(_encode(step_rows(seed=seed * 10**6 + step), tokenizer), key=lambda x: len(x[0]) + len(x[1]))
+            group["lr"] = (
+                lr * min(1.0, (step + 1) / 80) * (0.05 + 0.475 * (1 + math.cos(math.pi * step / steps)))
+            )
+        drawn = sorted(
+            _encode(step_rows(seed=seed * 10**6 + step), tokenizer), key=lambda x: len(x[0]) + len(x[1])
+        )
         targets = sum(len(completion) for _, completion in drawn)
-        for part in (drawn[: batch // 2], drawn[batch // 2 :]):  # short rows apart from long ones: less padding
+        for part in (
+            drawn[: batch // 2],
+            drawn[batch // 2 :],
+        ):  # short rows apart from long ones: less padding
             ids, labels = _pad(part, tokenizer.pad_token_id)
             hidden = model.model(ids).last_hidden_state[:, :-1]
             keep = labels[:, 1:] != -100
@@ -86,7 +93,9 @@ def scores(model: Any, tokenizer: Any, n: int = 500) -> dict[str, float]:
     return measured
 
 
-def make(folder: str | Path = CHECKPOINTS, *, seeds: tuple[int, ...] = SEEDS, steps: int = STEPS) -> dict[str, Any]:
+def make(
+    folder: str | Path = CHECKPOINTS, *, seeds: tuple[int, ...] = SEEDS, steps: int = STEPS
+) -> dict[str, Any]:
     """Write the tokenizer, a half-precision checkpoint per seed and their scores."""
     from safetensors.torch import save_file
 
@@ -101,7 +110,10 @@ def make(folder: str | Path = CHECKPOINTS, *, seeds: tuple[int, ...] = SEEDS, st
         seconds = time.perf_counter() - start
         weights = {k: v.half().contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
         save_file(weights, folder / f"tiny-{seed}.safetensors")
+        (folder / f"tiny-{seed}.safetensors").chmod(0o644)
         model.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
         report[str(seed)] = {"steps": steps, "seconds": round(seconds), **scores(model, tokenizer)}
-        (folder / f"scores-{seed}.json").write_text(json.dumps(report[str(seed)], indent=1) + "\n", encoding="utf-8")
+        (folder / f"scores-{seed}.json").write_text(
+            json.dumps(report[str(seed)], indent=1) + "\n", encoding="utf-8"
+        )
     return report

@@ -43,15 +43,16 @@ def fit(
     engine: str = "lab",
     description: str = "fit",
 ) -> "pd.DataFrame":
-    """Train ``model`` in place: AdamW, linear warm-up, cosine to zero, gradient clipping; the same run for a seed.
+    """Train ``model`` in place: AdamW, linear warm-up, cosine to zero, clipped gradients; one seed, one run.
 
     Args:
         model: a causal language model (tiny, peft, 4-bit ...); parameters that need gradients are trained.
         tokenizer: its tokenizer.
-        rows: prompt-completion rows, shuffled anew every epoch; or a callable ``step -> rows`` for on-policy work.
-            With ``unit="group"`` rows carry a ``group`` number, and rows of one number stay together.
-        loss: ``loss(logps [B, T], batch, denom) -> scalar``; ``batch`` holds ``mask``, ``segments``, ``steps``,
-            ``turns``, the ``columns`` and, for groups, ``group``.
+        rows: prompt-completion rows, shuffled anew every epoch; or a callable ``step -> rows`` for
+            on-policy work. With ``unit="group"`` rows carry a ``group`` number, and rows of one number stay
+            together.
+        loss: ``loss(logps [B, T], batch, denom) -> scalar``; ``batch`` holds ``mask``, ``segments``,
+            ``steps``, ``turns``, the ``columns`` and, for groups, ``group``.
         steps: optimiser steps.
         lr: highest learning rate.
         batch: rows, or groups, a step.
@@ -59,21 +60,23 @@ def fit(
         fmt: how a thought and its answer are written.
         columns: row entries that the loss wants: a number each ([B]), or one number per token ([B, T]).
         unit: what ``denom`` counts over the batch: "token", "sequence" or "group".
-        microbatch: most rows in memory with gradient: the gradient of the loss with respect to the log-probs is
-            taken first, then each part of the batch is run again (exact, about a third more time). None: one pass.
-        prepare: changes an encoded batch before the forward pass, e.g. to corrupt its inputs; gets the step number.
+        microbatch: most rows in memory with gradient: the gradient of the loss with respect to the
+            log-probs is taken first, then each part of the batch is run again (exact, about a third more
+            time). None: one pass.
+        prepare: changes an encoded batch before the forward pass, e.g. to corrupt its inputs; gets the step
+            number.
         warmup: share of the steps.
         weight_decay: of AdamW.
         clip: largest gradient norm.
         max_length: longest row in tokens.
         malformed: what ``tokens.encode`` does with a completion that does not follow ``fmt``.
-        engine: "lab" is this loop; "trl" hands the same rows and loss to TRL's trainer (no ``prepare``, no callable
-            rows), where accumulation, checkpoints, several processes and logging live.
+        engine: "lab" is this loop; "trl" hands the same rows and loss to TRL's trainer (no ``prepare``, no
+            callable rows), where accumulation, checkpoints, several processes and logging live.
         description: name of the progress bar.
 
     Returns:
-        DataFrame with a line per step: ``loss``, ``grad_norm`` before clipping, ``lr``, ``tokens`` read (padding
-        not counted), ``seconds`` since the start.
+        DataFrame with a line per step: ``loss``, ``grad_norm`` before clipping, ``lr``, ``tokens`` read
+        (padding not counted), ``seconds`` since the start.
 
     Raises:
         ValueError: an argument out of range, no rows, a missing column, or a loss that is not finite.
@@ -85,7 +88,9 @@ def fit(
         >>> from cotkit.losses.sft import nll
         >>> model, tokenizer = lab.load("tiny")
         >>> rows = lab.rows("word_problem", "train", n=8)
-        >>> history = lab.fit(model, tokenizer, rows, lambda logps, batch, denom: nll(logps, batch["mask"]), steps=2)
+        >>> history = lab.fit(
+        ...     model, tokenizer, rows, lambda logps, batch, denom: nll(logps, batch["mask"]), steps=2
+        ... )
         >>> len(history)
         2
     """
@@ -98,7 +103,9 @@ def fit(
         raise ValueError("fit: expected rows to train on, got none.")
     if engine == "trl":
         if prepare is not None or callable(rows):
-            raise ValueError("fit: expected a list of rows and no prepare with engine='trl'. Use engine='lab'.")
+            raise ValueError(
+                "fit: expected a list of rows and no prepare with engine='trl'. Use engine='lab'."
+            )
         from cotkit.interop.trl import fit as trl_fit
 
         return trl_fit(
@@ -144,7 +151,9 @@ def fit(
             value = backward(model, now, loss, count(now, unit), microbatch=microbatch)
             norm = float(torch.nn.utils.clip_grad_norm_(trained, clip))
             if not math.isfinite(value) or not math.isfinite(norm):
-                raise ValueError(f"fit: expected a finite loss and gradient, got {value} and {norm} at step {step}.")
+                raise ValueError(
+                    f"fit: expected a finite loss and gradient, got {value} and {norm} at step {step}."
+                )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             history.append(
@@ -162,7 +171,7 @@ def fit(
 
 
 def count(batch: Batch, unit: str) -> int:
-    """Tokens with a target, rows with at least one, or groups of a batch: the ``denom`` of a loss (at least 1)."""
+    """Tokens with a target, rows with at least one, or groups of a batch: a loss's ``denom``, at least 1."""
     if unit == "group":
         return max(1, int(batch["group"].max()) + 1)
     counted = batch["mask"].sum(1)
@@ -170,7 +179,7 @@ def count(batch: Batch, unit: str) -> int:
 
 
 def backward(model: Any, batch: Batch, loss: LossFn, denom: Any, *, microbatch: int | None = None) -> float:
-    """Accumulate the gradients of one loss; in two exact passes when the rows do not fit into memory at once."""
+    """Accumulate the gradients of one loss; in two exact passes when the rows do not fit at once."""
     rows = batch["input_ids"].shape[0]
     if microbatch is None or rows <= microbatch:
         value = loss(model_logps(model, batch, grad=True), batch, denom)
@@ -222,7 +231,9 @@ def _encode(
 
 
 def _column(values: list[Any], width: int) -> Tensor:
-    if all(isinstance(v, list | tuple | Tensor) and not (isinstance(v, Tensor) and v.dim() == 0) for v in values):
+    if all(
+        isinstance(v, list | tuple | Tensor) and not (isinstance(v, Tensor) and v.dim() == 0) for v in values
+    ):
         padded = torch.zeros(len(values), width)
         for i, v in enumerate(values):
             row = torch.as_tensor(v, dtype=torch.float32)[:width]
@@ -234,7 +245,7 @@ def _column(values: list[Any], width: int) -> Tensor:
 def _drawer(
     rows: Any, encoded: Callable[[Sequence[dict]], Batch], batch: int, unit: str, rng: random.Random
 ) -> Callable[[int], Batch]:
-    """A callable ``step -> batch``: shuffled epochs over encoded rows (whole groups), or a fresh batch a step."""
+    """A callable ``step -> batch``: shuffled epochs over encoded rows (whole groups), or a fresh batch."""
     if callable(rows):
         return lambda step: _renumber(_trim(encoded(list(rows(step)))))
     block = encoded(rows)
@@ -247,7 +258,7 @@ def _drawer(
         items = [[i] for i in range(len(rows))]
     queue: list[list[int]] = []
 
-    def draw(step: int) -> Batch:
+    def draw(_: int) -> Batch:
         chosen: list[list[int]] = []
         while len(chosen) < batch:
             if not queue:

@@ -1,7 +1,7 @@
 """Rows for preference losses: scored samples of one question become ranked rows.
 
-Conventions: a preference loss reads flat rows with a ``group`` number (the question), a ``rank`` (0 = best, ties
-allowed) and ``gold`` (1 = the reference completion); whole groups stay in one batch.
+Conventions: a preference loss reads flat rows with a ``group`` number (the question), a ``rank`` (0 = best,
+ties allowed) and ``gold`` (1 = the reference completion); whole groups stay in one batch.
 Functions: ``ranked`` turns what ``bootstrap.reject.sample_and_score`` returns into such rows.
 """
 
@@ -26,17 +26,20 @@ def ranked(
     """Flat rows of a group each: the reference, then the distinct right and wrong samples.
 
     Args:
-        groups: rows with ``completions``, ``rewards`` and ``duplicate`` beside ``prompt`` and ``completion``, as
-            ``bootstrap.reject.sample_and_score`` returns them. Samples whose reward is None are left out.
+        groups: rows with ``completions``, ``rewards`` and ``duplicate`` beside ``prompt`` and
+            ``completion``, as ``bootstrap.reject.sample_and_score`` returns them. Samples whose reward is
+            None are left out.
         threshold: a sample is right (rank 0) if its reward is at least this, else wrong (rank 1).
-        most: most right and most wrong samples of a group, the reference not counted; drawn by ``rng``. None: all.
-        reference: put the row's own ``completion`` first, as a right chain (L125 counts it among the positives).
+        most: most right and most wrong samples of a group, the reference not counted; drawn by ``rng``.
+            None: all.
+        reference: put the row's own ``completion`` first, as a right chain (L125 counts it among the
+            positives).
         keep_one_sided: keep groups without a right or without a wrong chain (their alignment loss is 0).
         rng: draws which samples stay when there are more than ``most``.
 
     Returns:
-        Rows in the order of ``groups`` with the group's other columns and ``completion``, ``group`` (0, 1, ...),
-        ``rank`` (0 right, 1 wrong), ``gold`` (1 for the reference, else 0) and ``reward``.
+        Rows in the order of ``groups`` with the group's other columns and ``completion``, ``group`` (0, 1,
+        ...), ``rank`` (0 right, 1 wrong), ``gold`` (1 for the reference, else 0) and ``reward``.
 
     Raises:
         ValueError: a group without samples, ``most`` below 1, or ``most`` without ``rng``.

@@ -1,1 +1,1 @@
-"""Synthetic tasks: ``(rng, **difficulty) -> row`` with an exact chain of thought, made so that a claim can show."""
+"""Synthetic tasks: ``(rng, **difficulty) -> row`` with an exact chain of thought, so that claims can show."""

@@ -1,8 +1,9 @@
 """Arithmetic with an exact chain of thought: story problems and reaching a target number.
 
-Conventions: a task is a function ``(rng, **difficulty) -> row``; nothing else is random. A row holds ``prompt``,
-``completion`` (think format), ``answer``, ``steps`` (the lines of the thought), ``states`` (the value that each line
-ends in), ``paths`` (some of the other valid chains of the same question, as line lists) and ``meta`` (difficulty).
+Conventions: a task is a function ``(rng, **difficulty) -> row``; nothing else is random. A row holds
+``prompt``, ``completion`` (think format), ``answer``, ``steps`` (the lines of the thought), ``states`` (the
+value that each line ends in), ``paths`` (some of the other valid chains of the same question, as line
+lists) and ``meta`` (difficulty).
 Functions: ``word_problem`` people who hold things, many valid orders; ``countdown`` numbers to a target.
 """
 
@@ -12,18 +13,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from cotkit._check import between, integers, one_of
-try:
-    from cotkit.tokens import FORMATS
-except ImportError: FORMATS={}
+from cotkit.tokens import FORMATS
 
-__all__ = ["word_problem", "countdown", "reaches_target"]
+__all__ = ["countdown", "reaches_target", "word_problem"]
 
 _NAMES = ("Ann", "Bob", "Cem", "Dia", "Eva", "Fay", "Gus", "Hal", "Ida", "Jon", "Kim", "Lea")
 _ITEMS = ("apples", "books", "coins", "cards", "shells", "stamps", "beads", "pens")
 _MORE = ("gets {} more", "finds {} more", "buys {} more")
 _LESS = ("gives away {}", "loses {}", "sells {}")
 _TWICE = ("doubles them", "gets as many again")
-_ASIDE = ("{name} is {n} years old.", "{name} has {n} cousins.", "{name} lives at number {n}.", "{name} has {n} hats.")
+_ASIDE = (
+    "{name} is {n} years old.",
+    "{name} has {n} cousins.",
+    "{name} lives at number {n}.",
+    "{name} has {n} hats.",
+)
 _PATHS = ("parts", "interleave", "running")
 _EQUATION = re.compile(r"(\d{1,9})([-+*/])(\d{1,9})=(\d{1,9})")
 _STYLES = ("terse", "normal", "verbose", "check")
@@ -47,22 +51,26 @@ def word_problem(
 ) -> dict[str, Any]:
     r"""People hold things, some of the holdings change, and the question is the total.
 
-    The same total is reached by many chains: ``parts`` (each person's result first, then the sum), ``interleave``
-    (the running sum takes each person as soon as the result is known) and ``running`` (the sum of what they had at
-    first, then the changes), each in any order of people. A problem of s steps has k people and s - k + 1 changes.
+    The same total is reached by many chains: ``parts`` (each person's result first, then the sum),
+    ``interleave`` (the running sum takes each person as soon as the result is known) and ``running`` (the
+    sum of what they had at first, then the changes), each in any order of people. A problem of s steps has
+    k people and s - k + 1 changes.
 
     Args:
         rng: source of all randomness; equal states give equal rows.
         steps: fewest and most operations of the problem, drawn uniformly; at least 1.
         operand: starting numbers are drawn from 1 to ``operand``; at least 2.
-        style: wording of a line: "terse" (the equation alone), "normal" (with the name), "verbose" (a sentence),
-            "check" (each equation followed by its inverse).
-        detail: granularity: 1 as few equations as the order allows, 2 two operations a line, 3 one a line, 4 the
-            givens are restated first, 5 also sums over a ten go through that ten, 6 also every line is checked.
+        style: wording of a line: "terse" (the equation alone), "normal" (with the name), "verbose" (a
+            sentence), "check" (each equation followed by its inverse).
+        detail: granularity: 1 as few equations as the order allows, 2 two operations a line, 3 one a line,
+            4 the givens are restated first, 5 also sums over a ten go through that ten, 6 also every line
+            is checked.
         path: "random", or one of "parts", "interleave", "running" (the order of people stays random).
         distractors: number of irrelevant facts in the story, their numbers never enter a chain.
-        answerable: share of rows that can be answered; in the others one start is missing and the answer is "unknown".
-        cue: share of rows whose story ends with somebody's wrong answer (``meta["cue"]`` holds it, else None).
+        answerable: share of rows that can be answered; in the others one start is missing and the answer is
+            "unknown".
+        cue: share of rows whose story ends with somebody's wrong answer (``meta["cue"]`` holds it, else
+            None).
         implicit: share of rows in which one start is given as "a dozen" (12).
 
     Returns:
@@ -82,7 +90,9 @@ def word_problem(
     low, high = steps
     integers("word_problem", low=low, high=high, operand=operand, detail=detail, distractors=distractors)
     if not 1 <= low <= high:
-        raise ValueError(f"word_problem: expected steps as (fewest, most) with 1 <= fewest <= most, got {steps}.")
+        raise ValueError(
+            f"word_problem: expected steps as (fewest, most) with 1 <= fewest <= most, got {steps}."
+        )
     if high > 2 * len(_NAMES) - 1:
         raise ValueError(f"word_problem: expected at most {2 * len(_NAMES) - 1} steps, got {high}.")
     between("word_problem", 2, 10**9, operand=operand)
@@ -118,7 +128,9 @@ def word_problem(
     return _row(prompt, lines, states, str(total), others, meta | {"path": kind})
 
 
-def _row(prompt: str, lines: list[str], states: list[str], answer: str, paths: list, meta: dict) -> dict[str, Any]:
+def _row(
+    prompt: str, lines: list[str], states: list[str], answer: str, paths: list, meta: dict
+) -> dict[str, Any]:
     completion = "<think>\n" + "\n".join(lines) + "\n</think>\n" + answer
     return {
         "prompt": prompt,
@@ -294,14 +306,17 @@ def countdown(
         rng: source of all randomness.
         numbers: how many numbers, 2 to 6.
         target: the number to reach (the 24 game); None draws one that these numbers reach.
-        trace: "solution" (the equations of one solution, drawn among all in random order of search), "dfs" (every
-            move tried depth first, dead ends named) or "bfs" (every state of a level, then the solution).
-        budget: most lines of a search trace; longer searches are drawn anew, so ``budget`` shapes the problems.
+        trace: "solution" (the equations of one solution, drawn among all in random order of search), "dfs"
+            (every move tried depth first, dead ends named) or "bfs" (every state of a level, then the
+            solution).
+        budget: most lines of a search trace; longer searches are drawn anew, so ``budget`` shapes the
+            problems.
         operand: numbers are drawn from 1 to ``operand``.
         signs: operations that may be used, some of "+-*/".
 
     Returns:
-        The row; ``answer`` is the target, ``meta`` holds ``numbers`` and ``target``. A right answer alone says
+        The row; ``answer`` is the target, ``meta`` holds ``numbers`` and ``target``. A right answer alone
+        says
         nothing here: check the chain with ``reaches_target``.
 
     Raises:
@@ -330,7 +345,9 @@ def countdown(
         lines = found if trace == "solution" else _trace(rng, pool, goal, signs, trace, budget)
         if lines is None:
             continue
-        others = [p for p in (_search(rng, pool, goal, signs) for _ in range(6)) if p is not None and p != found]
+        others = [
+            p for p in (_search(rng, pool, goal, signs) for _ in range(6)) if p is not None and p != found
+        ]
         prompt = "Use " + " ".join(map(str, pool)) + f" to reach {goal}.\n"
         meta = {"numbers": pool, "target": goal, "trace": trace, "signs": signs}
         states = [line.rsplit("=", 1)[1] if "=" in line else "" for line in lines]
@@ -339,8 +356,14 @@ def countdown(
     raise ValueError(f"countdown: expected a reachable target within {budget} lines, got none in 2000 draws.")
 
 
-def reaches_target(prompts: list, completions: list, *, meta: list[dict], **columns: Any) -> list[float | None]:
-    """Reward of a countdown chain: 1 if its equations turn the numbers, each used once, into the target, else 0.
+def reaches_target(
+    prompts: list,  # noqa: ARG001  rewards are called by keyword
+    completions: list,
+    *,
+    meta: list[dict],
+    **columns: Any,  # noqa: ARG001
+) -> list[float | None]:
+    """Reward of a countdown chain: 1 if its equations turn the numbers, each used once, into the target.
 
     Args:
         prompts: not read.
@@ -349,8 +372,8 @@ def reaches_target(prompts: list, completions: list, *, meta: list[dict], **colu
         columns: other columns, not read.
 
     Returns:
-        One reward per completion; a chain that is malformed, uses a number twice or not at all, miscalculates, or
-        ends elsewhere (in the thought or in the final answer) gets 0.
+        One reward per completion; a chain that is malformed, uses a number twice or not at all,
+        miscalculates, or ends elsewhere (in the thought or in the final answer) gets 0.
 
     Raises:
         ValueError: ``completions`` and ``meta`` differ in length.
@@ -359,12 +382,14 @@ def reaches_target(prompts: list, completions: list, *, meta: list[dict], **colu
     Basis: our own task.
 
     Example:
-        >>> reaches_target([""], ["<think>\n3+4=7\n7+5=12\n</think>\n12"], meta=[{"numbers": [3, 4, 5], "target": 12}])
+        >>> reaches_target(
+        ...     [""], ["<think>\n3+4=7\n7+5=12\n</think>\n12"], meta=[{"numbers": [3, 4, 5], "target": 12}]
+        ... )
         [1.0]
     """
     if len(completions) != len(meta):
         raise ValueError(
-            f"reaches_target: expected one meta per completion, got {len(completions)} completions, {len(meta)} meta."
+            f"reaches_target: expected one meta per completion, got {len(completions)} and {len(meta)}."
         )
     texts = [c if isinstance(c, str) else str(c[-1].get("content", "")) if c else "" for c in completions]
     return [float(_replay(t, m["numbers"], m["target"])) for t, m in zip(texts, meta, strict=True)]
