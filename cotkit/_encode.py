@@ -222,7 +222,7 @@ def _ids(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
 def _extend(
     tokenizer: Any, before: str, seen: list[int], text: str, codes: list[Code]
 ) -> tuple[list[int], list[Code]]:
-    """Tokens of ``text`` behind ``before`` (its ids: ``seen``); none crosses a segment's visible border."""
+    """Tokens of ``text`` behind ``before`` (ids: ``seen``); none holds visible parts of two segments or steps."""
     if not text:
         return [], []
     for front, front_ids in [(before, seen), *((s, None) for s in _BEFORE)]:
@@ -238,8 +238,8 @@ def _extend(
         start, end = max(start - shift, 0), max(end - shift, 0)
         visible = [i for i in range(start, end) if not text[i].isspace()]
         at = visible[0] if visible else min(start, len(text) - 1)
-        split = next((i for i in range(at, end) if codes[i][0] != codes[at][0]), end)
-        if any(codes[i][0] != codes[at][0] for i in visible):
+        split = next((i for i in range(at, end) if codes[i][:2] != codes[at][:2]), end)
+        if any(codes[i][:2] != codes[at][:2] for i in visible):
             left = _extend(tokenizer, before, seen, text[:split], codes[:split])
             seen, before = seen + left[0], before + text[:split]
             right = _extend(tokenizer, before, seen, text[split:], codes[split:])
