@@ -35,9 +35,9 @@ start: setup
 
 test: lint unit shapes notebook-tests
 
-# Also what takes longer: the install of the wheel into an empty environment, the browser, full sweeps, and the GPU.
+# Also what takes longer: the install of the wheel into an empty environment, the browser, full sweeps.
 test-all: lint
-	$(PYTEST) $(if $(shell command -v nvidia-smi),,-m "not gpu")
+	$(PYTEST) --slow
 	@$(MAKE) --no-print-directory shapes notebook-tests
 
 lint: setup
@@ -46,11 +46,11 @@ lint: setup
 	$(PY) -m mypy
 
 unit: setup
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow"
 
 # The same tests with every shape and type of a signature checked on each call (the hook answers before our messages).
 shapes: setup
-	$(PYTEST) -m "not slow and not gpu and not errors" --jaxtyping-packages=cotkit,beartype.beartype
+	$(PYTEST) -m "not slow and not errors" --jaxtyping-packages=cotkit,beartype.beartype
 
 notebook-tests: setup
 ifeq ($(NOTEBOOKS),)

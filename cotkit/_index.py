@@ -187,7 +187,8 @@ def table() -> str:
     served = [r for r in rows if r["status"] != "not yet"]
     waiting = [r for r in rows if r["status"] == "not yet"]
     lines = [
-        f"{len(rows)} papers: {len(served)} served, {len(waiting)} not yet.",
+        f"{len(rows)} papers: {sum(r['status'] in ('served', 'cell') for r in rows)} served, "
+        f"{sum(r['status'] == 'function' for r in rows)} in part, {len(waiting)} not yet.",
         "",
         "| paper | year | idea | functions | notebook | status |",
         "|---|---|---|---|---|---|",
@@ -196,7 +197,7 @@ def table() -> str:
         names = "<br>".join(f"`{n.removeprefix('cotkit.')}`" for n in r["functions"].split("; ") if n)
         place = f"[{r['notebook']}](notebooks/{r['notebook']}.ipynb) {r['section']}" if r["notebook"] else ""
         lines.append(f"| {_paper(r)} | {r['year']} | {r['title']} | {names} | {place} | {_status(r)} |")
-    lines += ["", "<details><summary>Not served yet</summary>", "", "| family | papers |", "|---|---|"]
+    lines += ["", "<details><summary>Not yet</summary>", "", "| family | papers |", "|---|---|"]
     for family in sorted({r["family"] for r in waiting}):
         lines.append(f"| {family} | {', '.join(_paper(r) for r in waiting if r['family'] == family)} |")
     return "\n".join([*lines, "", "</details>"])

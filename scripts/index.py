@@ -5,7 +5,7 @@
 
 The ``Source:`` lines of docstrings decide which functions serve a paper. A notebook section belongs to it if
 its text names the arXiv number or its heading the short name (both, if no function serves it). Verdicts are
-read from ``notebooks/CLAIMS.md``.
+read from ``notebooks/claims.toml`` and ``CLAIMS.md``.
 """
 
 import csv
@@ -13,6 +13,7 @@ import io
 import json
 import re
 import sys
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -43,18 +44,42 @@ def sections() -> list[tuple[str, str, str]]:
 
 
 def claims() -> list[dict[str, str]]:
-    """Return the rows of the tables in CLAIMS.md that have a column ``verdict``, keyed in lower case."""
-    file, rows, header = NOTEBOOKS / "CLAIMS.md", [], []
+    """Return every claim of claims.toml, once per sweep, with the verdict that CLAIMS.md gives it."""
+    file = NOTEBOOKS / "claims.toml"
+    entries = tomllib.loads(file.read_text(encoding="utf-8")).get("claims", {}) if file.exists() else {}
+    verdicts: dict[str, list[str]] = {}
+    for row in tables(NOTEBOOKS / "CLAIMS.md"):
+        if "verdict" in row:
+            verdicts.setdefault(row["claim"], []).append(row["verdict"].partition(" (")[0])
+    return [
+        {
+            "name": name,
+            "verdict": verdict,
+            **{k: str(entry.get(k, "")) for k in ("paper", "pinned", "authors", "where")},
+        }
+        for name, entry in entries.items()
+        for verdict in verdicts.get(name, ["not run"])
+    ]
+
+
+def tables(file: Path) -> list[dict[str, str]]:
+    """Return the rows of all Markdown tables of a file, keyed by their lower-case headings."""
+    rows, header = [], []
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     for line, following in zip(lines, [*lines, ""][1:], strict=True):
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
         if not line.lstrip().startswith("|"):
             header = []
-        elif re.match(r"\s*\|[\s:|-]+\|?\s*$", following):
+        elif re.fullmatch(r"\s*\|[\s:|-]+", following):
             header = [cell.lower() for cell in cells]
-        elif "verdict" in header and len(cells) == len(header) and not set(line) <= set("|-: "):
+        elif len(cells) == len(header) and not re.fullmatch(r"[\s:|-]+", line):
             rows.append(dict(zip(header, cells, strict=True)))
     return rows
+
+
+def counted(verdicts: list[str]) -> str:
+    """Return "2 supported, 1 opposite": the commonest first."""
+    return ", ".join(f"{n} {verdict}" for verdict, n in Counter(verdicts).most_common())
 
 
 def papers() -> str:
@@ -68,9 +93,8 @@ def papers() -> str:
         row["functions"] = "; ".join(serving.get(row["arxiv"], []))
         short = re.compile(rf"(?<![\w-]){re.escape(row['short'])}(?![\w-])")
         named = [(row["arxiv"] in text, bool(short.search(heading))) for _, heading, text in parts]
-        enough = (
-            any if row["functions"] else all
-        )  # without a function, citing a paper in passing is not serving it
+        # Without a function, citing a paper in passing is not serving it.
+        enough = any if row["functions"] else all
         place = next((part for part, there in zip(parts, named, strict=True) if enough(there)), None)
         row["notebook"], row["section"] = place[:2] if place else ("", "")
         row["status"] = {
@@ -79,12 +103,7 @@ def papers() -> str:
             (False, True): "cell",
             (False, False): "not yet",
         }[bool(row["functions"]), bool(place)]
-        own = [
-            c["verdict"]
-            for c in verdicts
-            if short.search(c.get("paper", "")) or row["arxiv"] in c.get("paper", "")
-        ]
-        row["verdict"] = ", ".join(dict.fromkeys(own))
+        row["verdict"] = counted([c["verdict"] for c in verdicts if row["id"] in c["paper"].split(", ")])
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -93,12 +112,21 @@ def papers() -> str:
 
 
 def verdict_counts() -> str:
-    """Return one sentence for the README: how many claims were tested, and how they came out."""
-    counts = Counter(row["verdict"].strip("*") for row in claims())
-    if not counts:
-        return "No claim has been through its confirming run yet."
-    listed = ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common())
-    return f"Claims tested in the tiny lab so far: {listed} ([all of them](notebooks/CLAIMS.md))."
+    """Return the counts of the README, each kind of evidence apart."""
+    found = claims()
+    once = {claim["name"]: claim for claim in found}.values()
+    tiny = [claim["verdict"] for claim in found if claim["where"] != "real model"]
+    real = [claim["verdict"] for claim in found if claim["where"] == "real model"]
+    return "\n".join(
+        [
+            f"{len(once)} claims are written down ([verdicts and numbers](notebooks/CLAIMS.md)):",
+            "",
+            f"- method pinned to its equation: {sum(bool(c['pinned']) for c in once)} of {len(once)}",
+            f"- equal to the authors' numbers: {sum(bool(c['authors']) for c in once)} of {len(once)}",
+            f"- judged in the tiny lab, once per task: {counted(tiny) or 'none'}",
+            f"- judged on a real model: {counted(real) or 'none'}",
+        ]
+    )
 
 
 def between(text: str, name: str, new: str) -> str:

@@ -198,19 +198,36 @@ def test_command_line_copies_notebooks_and_keeps_what_is_there(tmp_path, capsys)
 # the script behind `make index`
 
 
-def test_claims_are_read_from_a_markdown_table(tmp_path, monkeypatch):
+def test_claims_are_read_with_their_verdicts(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     script = importlib.import_module("index")
     monkeypatch.setattr(script, "NOTEBOOKS", tmp_path)
     assert script.claims() == []
+    (tmp_path / "claims.toml").write_text(
+        '[claims.a]\npaper = "L125"\npinned = "tests/t.py"\n[claims.b]\npaper = "L125"\n'
+        '[claims.c]\npaper = "L3"\nwhere = "real model"\n'
+    )
+    assert script.verdict_counts().splitlines()[-2:] == [
+        "- judged in the tiny lab, once per task: 2 not run",
+        "- judged on a real model: 1 not run",
+    ]
     (tmp_path / "CLAIMS.md").write_text(
-        "# t\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n| Paper | n | Verdict |\n|:--|--:|---|\n"
-        "| AFT | 5 | supported |\n| MFT | 5 | not testable here |\n"
+        "# t\n\n| claim | b |\n|---|---|\n| a | 2 |\n\n| Claim | n | Verdict |\n|:--|--:|---|\n"
+        "| a | 5 | supported (was: more) |\n| a | 7 | opposite |\n| b | 1 | supported |\n"
     )
-    assert [row["verdict"] for row in script.claims()] == ["supported", "not testable here"]
-    assert script.verdict_counts().startswith(
-        "Claims tested in the tiny lab so far: 1 supported, 1 not testable here"
-    )
+    assert [(c["name"], c["verdict"]) for c in script.claims()] == [
+        ("a", "supported"), ("a", "opposite"), ("b", "supported"), ("c", "not run")
+    ]  # fmt: skip
+    counts = script.verdict_counts().splitlines()
+    assert counts[0].startswith("3 claims are written down")
+    assert counts[2] == "- method pinned to its equation: 1 of 3"
+    assert counts[4] == "- judged in the tiny lab, once per task: 2 supported, 1 opposite"
+    assert counts[5] == "- judged on a real model: 1 not run"
+
+
+def test_generated_parts_stand_between_markers(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    script = importlib.import_module("index")
     assert script.between("a <!-- x:begin --> old <!-- x:end --> b", "x", "new") == (
         "a <!-- x:begin -->\nnew\n<!-- x:end --> b"
     )
