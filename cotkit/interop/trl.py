@@ -269,7 +269,9 @@ def sft_trainer(
     The class takes ``model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks,
     optimizers`` as its parent does. Data come from ``dataset`` and are used as they are. One forward per row
     and no logits: TRL's fused head gives the log-probs. The gradient of a step does not depend on how the
-    batch is cut into micro-batches and processes, as long as the loss divides by ``denom``.
+    batch is cut into micro-batches and processes, as long as the loss divides by ``denom`` (and
+    ``average_tokens_across_devices`` stays on; without it each process counts for itself). In evaluation
+    ``denom`` is None and ``eval_loss`` the mean over evaluation batches.
 
     Args:
         loss: ``loss(logps [B, T], batch, denom) -> scalar``; must divide by ``denom`` where it is not None.
