@@ -139,6 +139,8 @@ class _Chunked(torch.autograd.Function):
         h, wide = _factor(hidden[kept], dtype), log_z.dtype
         out_h = torch.zeros(h.shape, dtype=wide, device=h.device) if needs_hidden else None
         out_w = torch.empty_like(weight) if needs_weight else None
+        if out_w is not None and not h.shape[0]:
+            out_w.zero_()  # no tile will write it
         out_b = torch.zeros(bias.shape, dtype=wide, device=h.device) if needs_bias else None
         for w, v, s, z in _tiles(h, weight, bias, t, dtype):
             p = z.sub_(log_z[s, None]).exp_()
