@@ -43,13 +43,13 @@ DROPPED_CALLS = {"detach", "clamp", "clip", "clamp_min", "clamp_max"}
 
 
 class Mutant(NamedTuple):
-    """One change: where it is, what it reads like, and the tree that has it."""
+    """One change: where it is, what it reads like, and its number in the file."""
 
     file: str
     line: int
     function: str
     change: str
-    tree: ast.Module
+    number: int
 
 
 def variants(node: ast.AST) -> Iterator[ast.AST]:
@@ -93,31 +93,45 @@ def _with(node: Any, **fields: Any) -> Any:
     return changed
 
 
-def mutants(path: Path) -> list[Mutant]:
-    """Return every mutant of a file; annotations and the text of messages are left alone."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    found: list[Mutant] = []
+def sites(tree: ast.Module) -> Iterator[tuple[str, ast.AST, ast.AST]]:
+    """Yield (function, node, broken node) while the tree holds the broken node; it is put right on resuming.
 
-    def visit(parent: ast.AST, function: str) -> None:
+    Annotations and the text of messages are left alone.
+    """
+    stack: list[tuple[ast.AST, str]] = [(tree, "<module>")]
+    while stack:
+        parent, function = stack.pop()
         for field, value in ast.iter_fields(parent):
             if field in {"annotation", "returns", "decorator_list"}:
                 continue
-            children = value if isinstance(value, list) else [value]
-            for i, child in enumerate(children):
+            for i, child in enumerate(value if isinstance(value, list) else [value]):
                 if not isinstance(child, ast.AST) or isinstance(child, ast.JoinedStr):
                     continue
+                put = _setter(parent, field, value, i)
                 for broken in variants(child):
-                    put: Callable[[ast.AST], None] = _setter(parent, field, value, i)
                     put(broken)
-                    change = f"{ast.unparse(child)} -> {ast.unparse(broken)}"
-                    mutated = ast.fix_missing_locations(copy.deepcopy(tree))
+                    yield function, child, broken
                     put(child)
-                    line = getattr(child, "lineno", 0)
-                    found.append(Mutant(_relative(path), line, function, change, mutated))
-                visit(child, child.name if isinstance(child, ast.FunctionDef) else function)
+                stack.append((child, child.name if isinstance(child, ast.FunctionDef) else function))
 
-    visit(tree, "<module>")
-    return found
+
+def mutants(path: Path) -> list[Mutant]:
+    """Return every mutant of a file, by line."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = []
+    for number, (function, node, broken) in enumerate(sites(tree)):
+        change = f"{ast.unparse(node)} -> {ast.unparse(broken)}"
+        found.append(Mutant(_relative(path), getattr(node, "lineno", 0), function, change, number))
+    return sorted(found, key=lambda m: m.line)
+
+
+def mutated(mutant: Mutant) -> ast.Module:
+    """Return the tree of the file with the mutant in place."""
+    tree = ast.parse((ROOT / mutant.file).read_text(encoding="utf-8"))
+    for number, _ in enumerate(sites(tree)):
+        if number == mutant.number:
+            break
+    return ast.fix_missing_locations(tree)
 
 
 def _setter(parent: ast.AST, field: str, value: Any, i: int) -> Callable[[ast.AST], None]:
@@ -151,7 +165,7 @@ class _Swap(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self.path = ROOT / mutant.file
         parts = Path(mutant.file).with_suffix("").parts
         self.name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        self.tree = mutant.tree
+        self.tree = mutated(mutant)
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:  # noqa: ARG002
         if name == self.name:
