@@ -211,8 +211,8 @@ def assessment_accuracy(scores: Any, positive: Any, valid: Any = None, *, per: s
     v = np.ones(s.shape, bool) if valid is None else _array("assessment_accuracy", valid, "valid", (2,)) > 0
     if not s.shape == p.shape == v.shape:
         raise ValueError(
-            f"assessment_accuracy: expected equal shapes, got scores {list(s.shape)}, positive {list(p.shape)}, "
-            f"valid {list(v.shape)}. Pad every question to K chains and mark the padding in valid."
+            f"assessment_accuracy: expected equal shapes, got scores {list(s.shape)}, "
+            f"positive {list(p.shape)}, valid {list(v.shape)}. Pad every question to K chains and mark the padding in valid."
         )
     if np.isnan(s[v]).any():
         raise ValueError("assessment_accuracy: expected scores without NaN, got NaN. Mark padding in valid.")

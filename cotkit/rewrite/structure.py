@@ -20,34 +20,36 @@ _PLACES = 4  # decimals of a recomputed result
 
 
 def inject_error(row: dict[str, Any], *, rng: random.Random, propagate: bool = True) -> dict[str, Any]:
-    """A copy of the row with one false equation in its chain.
+    r"""A copy of the row with one false equation in its chain.
 
     Args:
-        row: with ``completion``: a chain of equations (``<<a+b=c>>`` as in GSM8K or plain ``a+b=c``) that ends in
-            a final answer, in any of the forms that ``extract_answer`` reads.
+        row: with ``completion``: a chain of equations (``<<a+b=c>>`` as in GSM8K or plain ``a+b=c``) that
+            ends in a final answer, in any of the forms that ``extract_answer`` reads.
         rng: draws the equation and the size of the error.
-        propagate: True: later equations that used the value are worked out again with the false one, and the final
-            answer follows (dynamic noise). False: the result is false where it stands and nowhere else, the chain
-            goes on with the true value and the final answer stays right (static noise).
+        propagate: True: later equations that used the value are worked out again with the false one, and the
+            final answer follows (dynamic noise). False: the result is false where it stands and nowhere else,
+            the chain goes on with the true value and the final answer stays right (static noise).
 
     Returns:
-        The row with a new ``completion`` and ``step_labels``: one bool per step (line of the thought that is not
-        empty), False where the line states the false value or something that follows from it. ``steps`` is
-        renewed if it is there, ``states`` is left out. With ``propagate`` the new final answer is never the same
-        as the old one.
+        The row with a new ``completion`` and ``step_labels``: one bool per step (line of the thought that is
+        not empty), False where the line states the false value or something that follows from it. ``steps``
+        is renewed if it is there, ``states`` is left out. With ``propagate`` the new final answer is never
+        the same as the old one.
 
     Raises:
-        ValueError: nothing to falsify: no equation that holds or, with ``propagate``, none that the answer hangs
-            on.
+        ValueError: nothing to falsify: no equation that holds or, with ``propagate``, none that the answer
+            hangs on.
         TypeError: ``completion`` is no text, or ``rng`` no ``random.Random``.
 
     Source: TInt (2024) arXiv:2402.04004 (static and dynamic noise)
     Basis: reconstructed
-    Differs: the paper noises digits of its own traced integers; here one equation of a natural text is falsified.
-        Which later numbers come from it is told by their value: results that stand nowhere else are preferred.
+    Differs: the paper noises digits of its own traced integers; here one equation of a natural text is
+    falsified.
+        Which later numbers come from it is told by their value: results that stand nowhere else are
+        preferred.
 
     Example:
-        >>> row = {"completion": "2 * 8 = <<2*8=16>>16\\n16 - 3 = <<16-3=13>>13\\n#### 13"}
+        >>> row = {"completion": "2 * 8 = <<2*8=16>>16\n16 - 3 = <<16-3=13>>13\n#### 13"}
         >>> print(inject_error(row, rng=random.Random(2))["completion"])
         2 * 8 = <<2*8=17>>17
         17 - 3 = <<17-3=14>>14
