@@ -45,11 +45,14 @@ def _byte_level(*, split=True, tags=False, size=420, trim=False, bos=False):
     extra = ["<think>", "</think>"] if tags else []
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     t.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIALS + extra, initial_alphabet=alphabet)
+        CORPUS,
+        trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIALS + extra, initial_alphabet=alphabet),
     )
     steps = [processors.ByteLevel(trim_offsets=True)] if trim else []
     if bos:
-        steps.append(processors.TemplateProcessing(single="<s> $A <eos>", special_tokens=[("<s>", 2), ("<eos>", 1)]))
+        steps.append(
+            processors.TemplateProcessing(single="<s> $A <eos>", special_tokens=[("<s>", 2), ("<eos>", 1)])
+        )
     if steps:
         t.post_processor = processors.Sequence(steps)
     return t
@@ -67,7 +70,9 @@ def _metaspace(*, prepend="always", kind="unigram"):
     t.decoder = decoders.Metaspace(prepend_scheme=prepend)
     specials = [*SPECIALS, "<unk>"]
     if kind == "unigram":
-        trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=specials, unk_token="<unk>", show_progress=False)
+        trainer = trainers.UnigramTrainer(
+            vocab_size=200, special_tokens=specials, unk_token="<unk>", show_progress=False
+        )
     else:
         trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=specials)
     t.train_from_iterator(CORPUS, trainer)
@@ -110,7 +115,9 @@ TEMPLATES = {
         "{% if add_generation_prompt %}assistant: <think>\n{% endif %}"
     ),
     "puts an empty thought in front": (
-        LOOP + SPLIT + "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+        LOOP
+        + SPLIT
+        + "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
         "{{ said.strip() }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
     "wraps": (
@@ -121,7 +128,8 @@ TEMPLATES = {
         LOOP + "{% if m.role == 'assistant' %} {{ m.content.strip() }} <eos>{% else %}"
         "[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
     ),
-    "no end of turn": LOOP + "\n{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %}\nassistant: {% endif %}",
+    "no end of turn": LOOP
+    + "\n{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %}\nassistant: {% endif %}",
 }
 END = {"ChatML": "<|im_end|>", "strips the thought": "<|im_end|>", "wraps": "</response>"}
 
@@ -158,7 +166,9 @@ def test_round_trip_under_every_tokenizer(kind):
         assert part(tokenizer, batch, i, THOUGHT).strip() == want.thought
         assert part(tokenizer, batch, i, ANSWER).strip() == want.answer
         prompt = tokenizer(row["prompt"])["input_ids"]
-        prompt = prompt[:-1] if prompt[-1] == tokenizer.eos_token_id else prompt  # an added end is not the prompt's
+        prompt = (
+            prompt[:-1] if prompt[-1] == tokenizer.eos_token_id else prompt
+        )  # an added end is not the prompt's
         assert batch["input_ids"][i][batch["segments"][i] == PROMPT].tolist() == prompt
         for k, step in enumerate(want.steps):
             ids = batch["input_ids"][i][batch["steps"][i] == k]
@@ -188,7 +198,9 @@ def test_a_token_across_the_tag_is_split():
     assert part(tokenizer, batch, 0, SPECIAL) == "<think></think><eos>"
 
 
-@pytest.mark.parametrize("kind", ["byte BPE", "byte BPE across everything", "byte BPE, adds start and end", "unigram"])
+@pytest.mark.parametrize(
+    "kind", ["byte BPE", "byte BPE across everything", "byte BPE, adds start and end", "unigram"]
+)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_round_trip_under_every_template(name, kind):
     tokenizer = TOKENIZERS[kind](TEMPLATES[name])
@@ -196,7 +208,10 @@ def test_round_trip_under_every_template(name, kind):
     rows = [
         {"prompt": prompt, "completion": [{"role": "assistant", "content": ROWS[0]["completion"]}]},
         {"prompt": prompt, "completion": ROWS[0]["completion"]},  # a string after messages is the assistant's
-        {"prompt": prompt, "completion": [{"role": "assistant", "content": "10", "reasoning_content": "2+3=5\n5*2=10"}]},
+        {
+            "prompt": prompt,
+            "completion": [{"role": "assistant", "content": "10", "reasoning_content": "2+3=5\n5*2=10"}],
+        },
     ]
     batch = encode(rows, tokenizer)
     consistent(batch, tokenizer)
@@ -214,11 +229,15 @@ def test_round_trip_under_every_template(name, kind):
     assert special.count("<eos>") == 1
     assert END.get(name, "") in special
     user = batch["input_ids"][0][batch["turns"][0] == 0]
-    found = tokenizer.decode(user).strip()  # the prompt is never split, even where tokens run across its parts
+    found = tokenizer.decode(
+        user
+    ).strip()  # the prompt is never split, even where tokens run across its parts
     assert found == "what is 2+3?" or ("across" in kind and found.endswith("is 2+3?"))
 
 
-@pytest.mark.parametrize("name", ["ChatML", "prefills the opening tag", "strips the thought", "wraps", "no end of turn"])
+@pytest.mark.parametrize(
+    "name", ["ChatML", "prefills the opening tag", "strips the thought", "wraps", "no end of turn"]
+)
 def test_a_conversation_keeps_every_thought(name):
     tokenizer = byte_level(TEMPLATES[name])
     row = {
@@ -237,7 +256,11 @@ def test_a_conversation_keeps_every_thought(name):
     assert tokenizer.decode(ids[turns == 1]).strip() == "what is 2+3?"
     assert tokenizer.decode(ids[(turns == 2) & (segments == ANSWER)]).strip() == "5"
     assert tokenizer.decode(ids[(turns == 4) & (segments == ANSWER)]).strip() == "12"
-    assert [tokenizer.decode(ids[batch["steps"][0] == k]).strip() for k in range(3)] == ["2+3=5", "5*2=10", "16-4=12"]
+    assert [tokenizer.decode(ids[batch["steps"][0] == k]).strip() for k in range(3)] == [
+        "2+3=5",
+        "5*2=10",
+        "16-4=12",
+    ]
     assert not bool(mask(batch["segments"], THOUGHT, ANSWER, SPECIAL)[batch["segments"] == TOOL].any())
     if name == "ChatML":  # the end of an inner turn is the model's to write; what follows it is not
         inner = tokenizer.decode(ids[(turns == 2) & (segments == SPECIAL)])
@@ -266,7 +289,11 @@ def test_truncation_cuts_everything_alike():
 
 def test_malformed_rows_are_kept_and_counted_when_asked():
     tokenizer = byte_level()
-    rows = [ROWS[0], {"prompt": "Q", "completion": "<think>\n2+3=5\n5*2"}, {"prompt": "Q", "completion": "so 12"}]
+    rows = [
+        ROWS[0],
+        {"prompt": "Q", "completion": "<think>\n2+3=5\n5*2"},
+        {"prompt": "Q", "completion": "so 12"},
+    ]
     with pytest.raises(ValueError, match=r'row 1: expected a completion that follows.*malformed="keep"'):
         encode(rows, tokenizer)
     batch = encode(rows, tokenizer, malformed="keep")
@@ -286,7 +313,10 @@ def test_an_end_token_in_the_text_is_not_doubled():
 
 def test_other_formats_and_prompts():
     tokenizer = byte_level(bos=True)
-    row = {"prompt": "", "completion": "16-4=<<16-4=12>>12\n#### 12"}  # the start token predicts the first one
+    row = {
+        "prompt": "",
+        "completion": "16-4=<<16-4=12>>12\n#### 12",
+    }  # the start token predicts the first one
     batch = encode([row], tokenizer, "gsm8k")
     assert part(tokenizer, batch, 0, PROMPT) == "<s>"
     assert part(tokenizer, batch, 0, THOUGHT) == "16-4=<<16-4=12>>12"
@@ -307,7 +337,11 @@ def test_refusals():
         ({"prompt": user, "completion": "a</think>b"}, "chat template, got none", tokenizer),
         ({"prompt": "x", "completion": user}, "prompt as messages too", chat),
         ({"prompt": user, "completion": user}, "ends with an assistant message", chat),
-        ({"prompt": user, "completion": [{"role": "assistant", "tool_calls": [1]}]}, "tool calls written", chat),
+        (
+            {"prompt": user, "completion": [{"role": "assistant", "tool_calls": [1]}]},
+            "tool calls written",
+            chat,
+        ),
         ({"prompt": user, "completion": "a</think>b"}, "drops them", byte_level("{{ messages[0].content }}")),
         (
             {"prompt": user, "completion": "<think>a</think>b"},

@@ -84,7 +84,9 @@ def test_steps_and_spans_cover_the_text():
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("text", ["", " ", "x", "<think>", "</think>", "\\boxed{", "A: 1", "The answer is 3.", "\0"])
+@pytest.mark.parametrize(
+    "text", ["", " ", "x", "<think>", "</think>", "\\boxed{", "A: 1", "The answer is 3.", "\0"]
+)
 def test_spans_never_leave_gaps(name, text):
     edges = [(s, e) for s, e, _, _ in FORMATS[name].spans(text)]
     assert "".join(text[s:e] for s, e in edges) == text
@@ -102,7 +104,13 @@ def test_a_format_of_ones_own():
 
 def test_hostile_text_is_quick():
     for name in FORMATS:
-        for text in ("\\boxed{" + "{" * 10**5, "A: " * 10**5, "<think>" * 10**5, "#### 1\n" * 10**4, "\ud800"):
+        for text in (
+            "\\boxed{" + "{" * 10**5,
+            "A: " * 10**5,
+            "<think>" * 10**5,
+            "#### 1\n" * 10**4,
+            "\ud800",
+        ):
             FORMATS[name].parse(text)
 
 

@@ -32,11 +32,15 @@ def test_token_logps_by_hand():
     first = 0.7 - math.log(math.exp(0.3) + math.exp(-1.1) + math.exp(0.7))  # label 2 read from position 0
     second = 2.0 - math.log(math.exp(2.0) + math.exp(0.5) + math.exp(-0.4))  # label 0 read from position 1
     assert found[0].tolist() == pytest.approx([0.0, first, second], abs=1e-12)
-    assert found.sum().item() == pytest.approx(-cross_entropy(LOGITS[0, :-1], LABELS[0, 1:], reduction="sum").item())
+    assert found.sum().item() == pytest.approx(
+        -cross_entropy(LOGITS[0, :-1], LABELS[0, 1:], reduction="sum").item()
+    )
     cold = token_logps(LOGITS, LABELS, temperature=0.5)
     assert cold[0, 1].item() == pytest.approx(1.4 - math.log(math.exp(0.6) + math.exp(-2.2) + math.exp(1.4)))
     straight = token_logps(LOGITS, LABELS, shift=False)
-    assert straight[0, 0].item() == pytest.approx(-1.1 - math.log(math.exp(0.3) + math.exp(-1.1) + math.exp(0.7)))
+    assert straight[0, 0].item() == pytest.approx(
+        -1.1 - math.log(math.exp(0.3) + math.exp(-1.1) + math.exp(0.7))
+    )
     assert straight.shape == (1, 3)
 
 
@@ -44,7 +48,11 @@ def case(dtype=torch.float64, bias=False, frozen=False):
     g = torch.Generator().manual_seed(3)
     hidden = torch.randn(3, 6, 4, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
     weight = torch.randn(23, 4, generator=g, dtype=torch.float64).to(dtype).requires_grad_(not frozen)
-    b = torch.randn(23, generator=g, dtype=torch.float64).to(dtype).requires_grad_(not frozen) if bias else None
+    b = (
+        torch.randn(23, generator=g, dtype=torch.float64).to(dtype).requires_grad_(not frozen)
+        if bias
+        else None
+    )
     labels = torch.randint(0, 23, (3, 6), generator=g)
     labels[0, :3] = labels[1, 4] = labels[2] = -100
     upstream = torch.randn(3, 6, generator=g, dtype=torch.float64)
@@ -69,15 +77,21 @@ def full(hidden, weight, bias, labels, **kwargs):
 
 @pytest.mark.parametrize("tiled", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
 @pytest.mark.parametrize(("bias", "frozen"), itertools.product([False, True], repeat=2))
-def test_linear_logps_agrees_with_full_logits(monkeypatch, bias, frozen, dtype, tolerance, temperature, tiled):
+def test_linear_logps_agrees_with_full_logits(
+    monkeypatch, bias, frozen, dtype, tolerance, temperature, tiled
+):
     if tiled:  # rows and vocabulary both in several tiles, the last ones short
         monkeypatch.setattr(_linear, "SMALL", 0)
         monkeypatch.setattr(_linear, "tile_shape", lambda _: (5, 7))
     inputs = case(dtype, bias, frozen)
     ours, grads = gradients(fused, *inputs, temperature=temperature)
-    wide = [x.detach().double().requires_grad_(x.requires_grad) if x is not None else None for x in inputs[:3]]
+    wide = [
+        x.detach().double().requires_grad_(x.requires_grad) if x is not None else None for x in inputs[:3]
+    ]
     want, want_grads = gradients(full, *wide, *inputs[3:], temperature=temperature)
     torch.testing.assert_close(ours.double(), want, rtol=tolerance, atol=tolerance)
     for a, b in zip(grads, want_grads, strict=True):
@@ -134,7 +148,9 @@ def test_padding_changes_nothing():
     wanted = labels.clone()
     wanted[:, 0] = -100  # with padding in front, label 0 would be read from it
     left[1][:, 2] = -100
-    torch.testing.assert_close(linear_logps(left[0], weight, left[1])[:, 2:], linear_logps(hidden, weight, wanted))
+    torch.testing.assert_close(
+        linear_logps(left[0], weight, left[1])[:, 2:], linear_logps(hidden, weight, wanted)
+    )
 
 
 def test_autocast_rounds_the_factors_only(monkeypatch):
@@ -191,7 +207,13 @@ def test_model_logps_without_logits(monkeypatch, tied):
 def test_model_logps_sees_a_soft_cap_and_whatever_else_follows_the_head():
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
+    size = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+    }
     torch.manual_seed(0)
     config = Gemma2Config(vocab_size=40, num_key_value_heads=1, final_logit_softcapping=0.05, **size)
     model = Gemma2ForCausalLM(config).eval()
@@ -260,13 +282,17 @@ def test_entropy_and_kl_by_hand():
     assert kl(z, y).item() == pytest.approx(want, abs=1e-12)
     assert entropy(z).item() == pytest.approx(-sum(x * math.log(x) for x in (0.5, 0.3, 0.2)), abs=1e-12)
     square = [x * x / (0.25 + 0.09 + 0.04) for x in (0.5, 0.3, 0.2)]  # temperature 1/2 squares the odds
-    assert entropy(z, temperature=0.5).item() == pytest.approx(-sum(x * math.log(x) for x in square), abs=1e-12)
+    assert entropy(z, temperature=0.5).item() == pytest.approx(
+        -sum(x * math.log(x) for x in square), abs=1e-12
+    )
     other = [x * x / 0.46 for x in (0.1, 0.6, 0.3)]
     want = sum(a * math.log(a / b) for a, b in zip(square, other, strict=True))
     assert kl(z, y, temperature=0.5).item() == pytest.approx(want, abs=1e-12)
     holes = f64([[[0.0, 0.0, -math.inf]]])[0].requires_grad_()
     assert entropy(holes).item() == pytest.approx(math.log(2))
-    assert kl(holes, y).item() == pytest.approx(0.5 * math.log(5) * 0 + 0.5 * math.log(0.5 / 0.1) + 0.5 * math.log(0.5 / 0.6))
+    assert kl(holes, y).item() == pytest.approx(
+        0.5 * math.log(5) * 0 + 0.5 * math.log(0.5 / 0.1) + 0.5 * math.log(0.5 / 0.6)
+    )
     assert entropy(torch.zeros(1, 1, 8, dtype=torch.bfloat16)).item() == pytest.approx(math.log(8))
 
 
@@ -284,7 +310,9 @@ def test_kl_estimators_over_three_tokens():
     assert k2.item() == pytest.approx((p * (logp - logq) ** 2 / 2).sum().item(), abs=1e-12)
     torch.testing.assert_close(torch.autograd.grad(k2, z, retain_graph=True)[0], exact_grad)  # as a gradient
     assert not torch.allclose(torch.autograd.grad(k3, z, retain_graph=True)[0], exact_grad)
-    assert torch.autograd.grad(kl_k3(logp, logq).sum() + kl_k2(logp, logq).sum(), logq, allow_unused=True) == (None,)
+    assert torch.autograd.grad(
+        kl_k3(logp, logq).sum() + kl_k2(logp, logq).sum(), logq, allow_unused=True
+    ) == (None,)
     assert kl_k3(f64([-2.0]), f64([-1.0])).item() == pytest.approx(math.e - 2, abs=1e-12)
     assert kl_k3(f64([-1.0]), f64([-2.0])).item() == pytest.approx(math.exp(-1), abs=1e-12)
 

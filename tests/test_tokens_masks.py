@@ -59,7 +59,9 @@ def test_corrupt_rate():
     assert torch.equal(noised[-1], every[-1])
     shares = noised.double().sum(1) / every.sum(1)
     torch.testing.assert_close(shares, rate.double(), rtol=0, atol=0.08)
-    again = [corrupt(ids, every, 0.4, mask_id=0, generator=torch.Generator().manual_seed(5))[1] for _ in range(2)]
+    again = [
+        corrupt(ids, every, 0.4, mask_id=0, generator=torch.Generator().manual_seed(5))[1] for _ in range(2)
+    ]
     assert torch.equal(*again)
 
 
