@@ -7,6 +7,7 @@ with the reason why it holds.
 """
 
 import ast
+import functools
 import importlib
 import inspect
 import json
@@ -94,6 +95,7 @@ def find(path: str) -> object:
     return found
 
 
+@functools.cache
 def accepts(path: str, keyword: str) -> bool:
     """Whether the callable still takes the keyword."""
     parameters = inspect.signature(find(path)).parameters
