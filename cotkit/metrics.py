@@ -212,7 +212,8 @@ def assessment_accuracy(scores: Any, positive: Any, valid: Any = None, *, per: s
     if not s.shape == p.shape == v.shape:
         raise ValueError(
             f"assessment_accuracy: expected equal shapes, got scores {list(s.shape)}, "
-            f"positive {list(p.shape)}, valid {list(v.shape)}. Pad every question to K chains and mark the padding in valid."
+            f"positive {list(p.shape)}, valid {list(v.shape)}. "
+            "Pad every question to K chains and mark the padding in valid."
         )
     if np.isnan(s[v]).any():
         raise ValueError("assessment_accuracy: expected scores without NaN, got NaN. Mark padding in valid.")

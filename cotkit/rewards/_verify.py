@@ -19,7 +19,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 5.0  # seconds for one comparison
+TIMEOUT = 5.0  # seconds of CPU time for one comparison; the worker bounds itself
+_PATIENCE = 6  # wall clock against CPU time: a busy machine is no reason to call a right answer wrong
 _START = 120.0  # seconds for importing sympy on a machine that is busy
 
 # The handle of the one worker. A process has to live somewhere: this is the only state of the library.
@@ -58,7 +59,7 @@ def _ask(gold: str, answer: str, tol: float, seconds: float) -> bool | None:
             assert process.stdin is not None
             process.stdin.write(request.encode("ascii"))
             process.stdin.flush()
-            return json.loads(lines.get(timeout=seconds))
+            return json.loads(lines.get(timeout=_PATIENCE * seconds))
         except (OSError, ValueError, queue.Empty) as error:  # died, wrote nonsense, or is late
             _stop()
             raise _LateError from error

@@ -404,9 +404,9 @@ def _string(value: Any) -> str | None:
     """Text of an answer; None for None, NaN, infinities, truth values and all that is no answer."""
     if isinstance(value, str):
         return value.strip() or None
-    if isinstance(value, bool) or not isinstance(value, Real) or not isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real):
         return None
-    if isinstance(value, int) and abs(value).bit_length() > 3 * _DIGITS:
+    if value.bit_length() > 3 * _DIGITS if isinstance(value, int) else not isfinite(value):
         return None
     return str(value)
 
@@ -428,7 +428,7 @@ def _equal(p: _Number, q: _Number, tol: float, percent: bool) -> bool:
         return True
     if not (p.rounded or q.rounded):
         return False
-    return abs(a - b) <= Fraction(tol) * min(Fraction(1), max(abs(a), abs(b)))
+    return abs(a - b) <= Fraction(str(tol)) * min(Fraction(1), max(abs(a), abs(b)))
 
 
 def _digits(text: str) -> str | None:

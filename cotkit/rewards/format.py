@@ -131,7 +131,7 @@ def _one(how: _How, completion: Any) -> float:
         opens = plan[at][1]
         if opens and not inside and bool(text[end : found.start()].strip()) != (how.gap and between):
             return 0.0
-        inside = opens and bool(how.close)
+        inside = opens  # a header (no closing tag) stays open until the next one
         at, end = at + 1, found.end()
     if at != len(plan):
         return 0.0
