@@ -13,6 +13,7 @@ import argparse
 import copy
 import functools
 import json
+import os
 import random
 import sys
 from collections.abc import Callable
@@ -37,15 +38,13 @@ HERE = Path(__file__).resolve().parent.parent
 RESULTS = HERE / "notebooks" / "results"
 CACHE = HERE / "out" / "spine"
 METRICS = ("accuracy", "assessment_train", "assessment_test", "perplexity")
-CODE = [
-    HERE / f
-    for f in (
-        "scripts/sweep_spine.py",
-        "cotkit/losses/preference.py",
-        "cotkit/losses/sft.py",
-        "cotkit/tasks/arithmetic.py",
-    )
-]
+CODE = (
+    "scripts/sweep_spine.py",
+    "cotkit/losses/preference.py",
+    "cotkit/losses/sft.py",
+    "cotkit/rewrite/pairs.py",
+    "cotkit/tasks/arithmetic.py",
+)
 ARMS = ("sft", "sft_again", "sft_more", "self_training", "align_plain", "aft_detach", "aft_boundary")
 BASES, SEEDS = (0, 1, 2), (0, 1, 2, 3, 4)
 
@@ -212,6 +211,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true")
     arguments = parser.parse_args()
     lab.setup(0)
+    os.chdir(HERE)  # the table names its code from here
     tasks = [arguments.task] if arguments.task else list(TASKS)
     if arguments.recheck:
         sys.exit(recheck(date.today()))
@@ -235,10 +235,10 @@ def main() -> None:
             join(task)
 
 
-def show(runs: list[dict]) -> None:
+def show(runs: list[dict], metrics: tuple[str, ...] = METRICS) -> None:
     """Print one line per arm."""
     for r in runs:
-        means = {m: float(np.nanmean(r[m])) for m in METRICS}
+        means = {m: float(np.nanmean(r[m])) for m in metrics}
         print(r["base"], r["seed"], f"{r['arm']:14s}", {m: round(v, 3) for m, v in means.items()}, flush=True)
 
 

@@ -1,1 +1,5 @@
 """A model that writes and a reward in, new rows out."""
+
+from cotkit.bootstrap import reject
+
+__all__ = ["reject"]

@@ -6,4 +6,6 @@ Files: ``trl`` (supervised and preference losses inside ``SFTTrainer``; rewards 
 ``GRPOTrainer`` takes them as they are), ``peft`` (an adapter folded back into its base).
 """
 
+from cotkit.interop import peft, trl
+
 __all__ = ["peft", "trl"]

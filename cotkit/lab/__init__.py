@@ -1,8 +1,9 @@
 """The notebook bench: a tiny model that is really trained, a small loop, and honest tables.
 
-Functions, in the order of a notebook: ``setup`` seeds and silence; ``load`` model and tokenizer; ``rows`` data;
-``fit`` training; ``sample``, ``generator`` writing; ``evaluate`` the metric loop; ``score`` how likely a chain is; ``show_segments``, ``microscope``,
-``plot_arms``, ``plot_scores`` looking; ``claim`` judging.
+Functions, in the order of a notebook: ``setup`` seeds and silence; ``load`` model and tokenizer; ``rows``
+data; ``fit`` training; ``sample``, ``generator`` writing; ``evaluate`` the metric loop; ``score`` how likely
+a chain is; ``show_segments``, ``microscope``, ``plot``, ``plot_arms``, ``plot_scores`` to look; ``save_table``
+and ``table`` for sweeps; ``claim`` judging, ``holm`` over many claims, ``false_verdicts`` of the test itself.
 """
 
 from cotkit.lab._claim import Claim, claim, false_verdicts, holm
@@ -14,7 +15,7 @@ from cotkit.lab._show import microscope, plot, plot_arms, plot_scores, show_segm
 from cotkit.lab._table import Table, save_table, table
 from cotkit.lab._train import fit
 
-__all__ = [
+__all__ = [  # noqa: RUF022  in reading order
     "setup",
     "load",
     "rows",

@@ -1,1 +1,5 @@
 """Tensors in, scalar out: `sft` makes given tokens likelier, `preference` ranks candidates."""
+
+from cotkit.losses import preference, sft
+
+__all__ = ["preference", "sft"]

@@ -43,8 +43,8 @@ def inject_error(row: dict[str, Any], *, rng: random.Random, propagate: bool = T
 
     Source: TInt (2024) arXiv:2402.04004 (static and dynamic noise)
     Basis: reconstructed
-    Differs: the paper noises digits of its own traced integers; here one equation of a text is falsified. Which
-        later numbers come from it is told by their value; results that stand nowhere else go first.
+    Differs: the paper noises digits of its own traced integers; here one equation of a text is falsified.
+        Which later numbers come from it is told by their value; results that stand nowhere else go first.
 
     Example:
         >>> row = {"completion": "2 * 8 = <<2*8=16>>16\n16 - 3 = <<16-3=13>>13\n#### 13"}

@@ -363,7 +363,7 @@ def reaches_target(
     meta: list[dict],
     **columns: Any,  # noqa: ARG001
 ) -> list[float | None]:
-    """Reward of a countdown chain: 1 if its equations turn the numbers, each used once, into the target.
+    r"""Reward of a countdown chain: 1 if its equations turn the numbers, each used once, into the target.
 
     Args:
         prompts: not read.
