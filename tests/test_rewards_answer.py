@@ -320,7 +320,7 @@ def test_hostile_text_is_harmless(name, frame):
     text = frame.format(HOSTILE[name])
     before = _verify.alive()
     spent = []
-    for _ in range(3):  # the best of three: the machine may be busy
+    for _ in range(3):  # the machine may be busy
         start = time.process_time()
         for fmt in ("auto", "think", "gsm8k", "boxed", "plain", "tag", "number", "letter"):
             extract_answer(text, fmt=fmt)
@@ -329,6 +329,8 @@ def test_hostile_text_is_harmless(name, frame):
         same_answer(text, text + " ")
         ask(accuracy(), [text, "#### 7"], ["7", text])
         spent.append(time.process_time() - start)
+        if spent[-1] < 0.13:
+            break
     if before == _verify.alive():  # no worker was started for it
         assert min(spent) < 0.13  # 13 calls, 10 ms each
     assert not same_answer(text, "12345")
