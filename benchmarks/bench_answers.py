@@ -1,4 +1,4 @@
-"""Answer reward against math-verify's parse and verify on the same texts, both alone in one process and thread.
+"""Answer reward against math-verify's parse and verify on the same texts, one process and one thread.
 
 python benchmarks/bench_answers.py [--n 5276] [--repeats 5] [--data FOLDER] [--cpu]
 FOLDER holds gsm8k/example_model_solutions.jsonl (default: COTKIT_DATA, or ../shared/data beside the

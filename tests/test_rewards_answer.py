@@ -57,6 +57,12 @@ def ask(reward, completions, golds):
         ("7", "7"),
         ("yes", "yes"),
         ("I think seven", None),
+        ("<answer>7</answer><answer>8</answer>", "8"),
+        ("\\boxed{7}\\boxed{8}", "8"),
+        ("#### 7 or 8", "7 or 8"),
+        ("Is the answer is 7? No", "7? No"),
+        ("Final Answer: The final answer is $7$. I hope it is correct.", "7"),
+        ("The answer is \\(7\\).", "7"),
         ("", None),
         ("<think>3+4=7</think>7", "7"),
         ("<think>3+4=7</think>\n\n$7$.", "7"),
@@ -128,6 +134,7 @@ SAME = [
     (r"\text{Monday}", "Monday"), (r"12\%", "12%"), (r"\$5", "5"), (r"1{,}000", "1000"), (r"1\,000", "1000"),
     (r"90^\circ", "90"), ("７", "7"), (18, "18"), (18.0, "18"), ("0", "0.0"), ("-0", "0"),
     ("7" * 400, "7" * 400),
+    ("$7$ dollars", "7"), ("option (B)", "B"), ("A) yes", "A"), ("14/2", "7"),
     ("000" + "7" * 400, "7" * 400), ("+7", "7"),
 ]  # fmt: skip
 DIFFERENT = [
@@ -146,6 +153,10 @@ DIFFERENT = [
     ("5²", "52"),
     ("5 2", "52"), ("1-2", "12"), ("½", "12"), ("0.1.2", "0.12"), ("12:30", "12"), ("2021-05", "2021"),
     ("7%", "7"),
+    ("A) yes B) no", "A"), ("A or B", "A"), ("8=7", "7"), ("1=2=3=7", "7"), ("x=8=7", "7"), ("x>7", "7"),
+    ("x = 7 or x = 8", "7"), (r"x = 7 \text{ or } x = 8", "7"), (r"7 \neq 8", "7"), (r"7 \approx 8", "7"),
+    (r"\le 7", "7"), ("1, 2, 3, 7", "7"), ("7, 7", "7"), ("7 7", "7"), ("x=5", "y=5"), ("[1,2]", "[1,2)"),
+    ("2 hours 30 minutes", "2"), ("3:2", "3/2"), ("$7", "7%"), ("7 + 1", "7"), ("7\n8", "7"), ("-7", "- -7"),
     ("seven", "7"), ("3/4/5", "3/4"), ("--7", "7"), ("5 less", "5"), ("5 dozen", "5"), ("6 half", "6"),
 ]  # fmt: skip
 
@@ -348,6 +359,9 @@ needs_math_verify = pytest.mark.skipif(not _verify._installed(), reason="math-ve
         (r"\sqrt{8}", r"2\sqrt{2}", True),
         (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}", True),
         (r"x^2+2x+1", r"(x+1)^2", True),
+        (r"x=7", "7", True),
+        (r"\infty", r"-\infty", False),
+        (r"\frac{1}{2004!}", r"\frac{1}{2006!}", False),
         (r"\frac{24}{2}", "12", True),
         (r"2^{10}", "1024", True),
         (r"\frac{1}{2}x", r"\frac{x}{3}", False),

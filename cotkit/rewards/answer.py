@@ -179,6 +179,8 @@ def _find_last_line(text: str) -> list[_Mark]:
 
 
 def _find_tag(text: str) -> list[_Mark]:
+    if not _may_say(text):
+        return []
     opened = list(_TAG.finditer(text))
     if not opened:
         return []
@@ -188,7 +190,13 @@ def _find_tag(text: str) -> list[_Mark]:
     return [(opened[-1].start(), closed.end(), text[opened[-1].end() : closed.start()])]
 
 
+def _may_say(text: str) -> bool:
+    return "answer" in text or "Answer" in text or "ANSWER" in text  # much faster than a pattern that fails
+
+
 def _find_says(text: str) -> list[_Mark]:
+    if not _may_say(text):
+        return []
     mark = None
     for mark in _SAYS.finditer(text):  # noqa: B007  the last one is wanted
         pass
@@ -263,6 +271,8 @@ def _plain(text: str) -> str:
     """Undo typesetting that changes no value: odd signs and spaces, units in text, simple fractions."""
     if not text.isascii():
         text = text.translate(_SAME_CHARACTER)
+    if text.count("$") == 2:  # $7$ dollars
+        text = re.sub(r"(?<!\\)\$([^$]+)(?<!\\)\$", r"\1", text)
     if "\\" in text or "{" in text:
         text = text.replace("{,}", ",").replace("\\$", "$").replace("\\%", "%")
         text = text.replace("^\\circ", "°").replace("^{\\circ}", "°")
@@ -440,8 +450,8 @@ def _digits(text: str) -> str | None:
 
 
 _EDGES = " \t\"'`*.,;:!"
-_CHOICE = re.compile(r"[(\[]?([A-Za-z])[)\]]?[.:]?")
-_LABELLED = re.compile(r"[(\[]?([A-Z])[)\].:]\s+\S")
+_CHOICE = re.compile(r"(?:[Oo]ption |[Cc]hoice )?[(\[]?([A-Za-z])[)\]]?[.:]?")
+_LABELLED = re.compile(r"(?<!\w)[(\[]?([A-Z])[)\].:]\s+\S")
 
 
 def _words(text: str) -> str | None:
@@ -456,8 +466,8 @@ def _words(text: str) -> str | None:
 def _choice(x: str, y: str) -> bool:
     """Whether the one is the letter of a choice and the other that letter with the text of the choice."""
     for short, long in ((x, y), (y, x)):
-        one, labelled = _CHOICE.fullmatch(short), _LABELLED.match(long)
-        if one and labelled and one[1].upper() == labelled[1]:
+        one, labels = _CHOICE.fullmatch(short), _LABELLED.findall(long)
+        if one and len(labels) == 1 and _LABELLED.match(long) and one[1].upper() == labels[0]:
             return True
     return False
 
@@ -496,6 +506,8 @@ def _same_items(xs: tuple[str, list[str]], ys: tuple[str, list[str]], tol: float
 
 _BASE = re.compile(r"\d\s?_\s?\{?\d")
 _POWER_OF_TEN = re.compile(r"\d[eE][-+]?\d")  # one that _number refused as too large
+_RELATION = re.compile(r"[=<>≤≥≠≈]|\\(?:leq?|geq?|neq?|lt|gt|approx|sim|equiv|cong|in)(?![a-zA-Z])")
+_NAMED = re.compile(r"[A-Za-z](?:_\{?\w+\}?)?(?:\([A-Za-z]\))?\s?(?:=|\\in(?![a-zA-Z]))\s?")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _WORD = re.compile(r"[^\W\d_]{3,}")
 _FUNCTIONS = frozenset(
@@ -528,6 +540,14 @@ def _worth_a_look(text: str, number: _Number | None) -> bool:
 def _by_worker(x: str, y: str, tol: float) -> bool | None:
     if ("\\pm" in x) != ("\\pm" in y):  # math-verify takes a for plus or minus a
         return False
+    if bool(_RELATION.search(x)) != bool(_RELATION.search(y)):  # and 8 = 7 or 8 > 7 for 7
+        named = _NAMED.match(x) or _NAMED.match(y)
+        if named is None:
+            return False
+        x, y = (x[named.end() :], y) if _NAMED.match(x) else (x, y[named.end() :])
+        if _RELATION.search(x) or _RELATION.search(y):
+            return False
+        return _same(x, y, tol, percent=False)
     return _verify.verify(y, x, tol)
 
 
