@@ -200,7 +200,8 @@ def tokenize(where: str, tokenizer: Any, pieces: list[Piece], *, chat: bool) -> 
             f"{where}: expected a prompt, got none and a tokenizer that adds no start token. "
             f"Nothing would predict the first token; give the prompt at least one token."
         )
-    before, seen = "", []
+    before = ""
+    seen: list[int] = []
     for text, marks in pieces:
         new, new_codes = _extend(tokenizer, before, seen, text, marks)
         before, seen, codes = before + text, seen + new, codes + new_codes
@@ -222,7 +223,7 @@ def _ids(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
 def _extend(
     tokenizer: Any, before: str, seen: list[int], text: str, codes: list[Code]
 ) -> tuple[list[int], list[Code]]:
-    """Tokens of ``text`` behind ``before`` (ids: ``seen``); none holds visible parts of two segments or steps."""
+    """Tokens of ``text`` behind ``before`` (ids: ``seen``); none crosses two segments or steps."""
     if not text:
         return [], []
     for front, front_ids in [(before, seen), *((s, None) for s in _BEFORE)]:

@@ -191,7 +191,8 @@ def _spread(values: Tensor, kept: Tensor, ctx: Any) -> Tensor:
 def plain_head(model: Any) -> Any:
     """The model's output layer if it is a plain floating ``Linear`` that nothing follows; else None."""
     config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if config is not None and hasattr(config, "get_text_config"):
+        config = config.get_text_config()
     if config is None or getattr(config, "is_encoder_decoder", False):
         return None
     if any(getattr(config, name, None) not in (None, 1, 1.0) for name in _AFTER_HEAD):

@@ -544,7 +544,7 @@ def corrupt(
     drawn = torch.rand(input_ids.shape, generator=generator, device=device).to(input_ids.device)
     noised = mask & (drawn < rate)
     if replacement is None:
-        return input_ids.masked_fill(noised, mask_id), noised
+        return input_ids.masked_fill(noised, mask_id), noised  # type: ignore[arg-type]
     _check.same_shape("corrupt", input_ids=input_ids, replacement=replacement)
     return torch.where(noised, replacement, input_ids), noised
 

@@ -118,7 +118,8 @@ TEMPLATES = {
         LOOP
         + SPLIT
         + "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
-        "{{ said.strip() }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        "{{ said.strip() }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
     "wraps": (
         LOOP + "{% if m.role == 'assistant' %}<response>{{ m.content }}</response><eos>{% else %}"
@@ -279,7 +280,7 @@ def test_truncation_cuts_everything_alike():
     with pytest.raises(ValueError, match=r"row 0.*max_length.*answer tokens"):
         encode(rows, tokenizer, max_length=end - 1)
     late = {"prompt": "x" * 99, "completion": "<think>a</think>b"}
-    with pytest.raises(ValueError, match="row 1.*thought answer tokens"):
+    with pytest.raises(ValueError, match=r"row 1.*thought answer tokens"):
         encode([{"prompt": "x", "completion": "<think>a</think>b"}, late], tokenizer, max_length=60)
     kept = encode(rows, tokenizer, max_length=end - 1, malformed="keep")
     assert kept["malformed"].tolist() == [True]

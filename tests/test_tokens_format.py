@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 
 from cotkit.tokens import ANSWER, FORMATS, SPECIAL, THOUGHT, Format, Parts
@@ -90,7 +92,7 @@ def test_steps_and_spans_cover_the_text():
 def test_spans_never_leave_gaps(name, text):
     edges = [(s, e) for s, e, _, _ in FORMATS[name].spans(text)]
     assert "".join(text[s:e] for s, e in edges) == text
-    assert all(a[1] == b[0] for a, b in zip(edges, edges[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in pairwise(edges))
 
 
 def test_a_format_of_ones_own():

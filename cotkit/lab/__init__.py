@@ -2,8 +2,9 @@
 
 Functions, in the order of a notebook: ``setup`` seeds and silence; ``load`` model and tokenizer; ``rows``
 data; ``fit`` training; ``sample``, ``generator`` writing; ``evaluate`` the metric loop; ``score`` how likely
-a chain is; ``show_segments``, ``microscope``, ``plot``, ``plot_arms``, ``plot_scores`` to look; ``save_table``
-and ``table`` for sweeps; ``claim`` judging, ``holm`` over many claims, ``false_verdicts`` of the test itself.
+a chain is; ``show_segments``, ``microscope``, ``plot``, ``plot_arms``, ``plot_scores`` to look;
+``save_table`` and ``table`` for sweeps; ``claim`` judging, ``holm`` over many claims, ``false_verdicts`` of
+the test itself.
 """
 
 from cotkit.lab._claim import Claim, claim, false_verdicts, holm

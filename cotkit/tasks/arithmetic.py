@@ -108,7 +108,7 @@ def word_problem(
     wrong = total + rng.choice([-10, -2, -1, 1, 2, 10]) if rng.random() < cue else None
     prompt = _story(rng, holdings, item, dozen, missing, distractors, wrong)
     meta = {"steps": sum(h[2] is not None for h in holdings) + len(holdings) - 1, "people": len(holdings)}
-    meta |= {"operand": operand, "style": style, "detail": detail, "distractors": distractors, "cue": wrong}
+    meta |= {"operand": operand, "style": style, "detail": detail, "distractors": distractors, "cue": wrong}  # type: ignore[dict-item]
     meta |= {"implicit": dozen is not None, "answerable": missing is None}
     if missing is not None:
         lines, states, answer = [f"The start of {missing} is missing."], ["unknown"], "unknown"
