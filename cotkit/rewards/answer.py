@@ -12,23 +12,20 @@ Functions: ``extract_answer`` text -> answer; ``same_answer`` two answers -> boo
 
 import re
 from collections.abc import Callable
-from fractions import Fraction
 from functools import partial
 from math import isfinite
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 from cotkit._check import at_least, finite, one_of
 from cotkit.rewards import _verify
+from cotkit.rewards._numbers import DIGITS, LONG, Number, digits, equal, number_of, plain
 from cotkit.rewards._text import column_of, text_of
 
 __all__ = ["accuracy", "extract_answer", "same_answer", "score_one"]
 
 _FORMATS = ("auto", "think", "gsm8k", "boxed", "plain", "tag", "number", "letter")
 _TAIL = 20_000  # characters: a final answer stands at the end
-_LONG = 1_000  # characters: longer answers are compared as text only
-_DIGITS = 300  # digits: longer numbers are compared as text only
-_EXPONENT = 400  # 1e400 is a number, 1e999999999 a text
 
 _BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])")
 _SAYS = re.compile(r"\banswer(?:\*{1,2})?[ \t]{0,3}(?:is|:|=)[ \t]{0,3}:?(?:\*{1,2})?", re.I)
@@ -129,9 +126,9 @@ def _any_mark(text: str) -> bool:
 
 def _bare(segment: str, thought: bool) -> str | None:
     line = segment.strip()
-    if not line or "\n" in line or len(line) > _LONG:
+    if not line or "\n" in line or len(line) > LONG:
         return None
-    if thought or not re.search(r"\s", line) or _number(line) is not None:
+    if thought or not re.search(r"\s", line) or number_of(line) is not None:
         return _clean(line)
     return None
 
@@ -167,7 +164,7 @@ def _find_hashes(text: str) -> list[_Mark]:
     end = len(text) if end < 0 else end
     payload = text[at + 4 : end].strip(" \t#")
     # a heading ("#### Step 2: the sum") is no answer unless nothing follows it
-    if not payload or (_number(_clean(payload) or "") is None and text[end:].strip()):
+    if not payload or (number_of(_clean(payload) or "") is None and text[end:].strip()):
         return [] if text[end:].strip() else [(at, end, None)]
     return [(at, end, payload)]
 
@@ -230,119 +227,6 @@ def _clean(text: str) -> str | None:
     return text or None
 
 
-class _Number(NamedTuple):
-    value: Fraction
-    rounded: bool  # written as a decimal, so its last digit may be rounded
-    unit: str  # "" when none
-
-
-_HEAD = re.compile(
-    r"([-+]?)\s?(US\$|[$€£¥₹])?\s?([-+]?)(\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(\.\d*)?(?:[eE]([-+]?\d{1,6})(?!\w))?"
-)
-_OVER = re.compile(r"\s?/\s?(\d+)")
-_MIXED = re.compile(r"\s(\d+)/(\d+)")
-_UNIT = re.compile(r"\s?(?:[^\W\d_]+|[°$€£¥₹])(?:(?:[ -]|\s?/\s?)[^\W\d_]+){0,3}(?:\^?[23]|[²³])?\.?")
-_NOT_UNITS = frozenset(
-    re.findall(
-        r"\w+",
-        "or and but not no if because since so plus minus than half third quarter over divided squared cubed "
-        "dozen hundred by to out of less more negative point remainder r x y z n e i pi is are was",
-    )
-)
-_TIMES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_CURRENCY = {
-    "$": "dollar",
-    "us$": "dollar",
-    "€": "euro",
-    "£": "pound",
-    "¥": "yen",
-    "₹": "rupee",
-    "°": "degree",
-}
-_SAME_CHARACTER = str.maketrans(
-    "−–‒﹣－　\xa0\u2009\u202f⁄０１２３４５６７８９．，％＄", "-----    /0123456789.,%$"
-)
-_LATEX_WORDS = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mbox|rm|operatorname)\s?\{([^{}]{0,200})\}")
-_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s?(?:\{\s?(\d+)\s?\}|(\d))\s?(?:\{\s?(\d+)\s?\}|(\d))")
-_LATEX_SPACE = re.compile(r"\\[,!;: ]|\\q?quad(?![a-zA-Z])|\\(?:left|right)(?![a-zA-Z])|~")
-
-
-def _plain(text: str) -> str:
-    """Undo typesetting that changes no value: odd signs and spaces, units in text, simple fractions."""
-    if not text.isascii():
-        text = text.translate(_SAME_CHARACTER)
-    if text.count("$") == 2:  # $7$ dollars
-        text = re.sub(r"(?<!\\)\$([^$]+)(?<!\\)\$", r"\1", text)
-    if "\\" in text or "{" in text:
-        text = text.replace("{,}", ",").replace("\\$", "$").replace("\\%", "%")
-        text = text.replace("^\\circ", "°").replace("^{\\circ}", "°")
-        text = _LATEX_WORDS.sub(r" \1 ", text)
-        text = re.sub(r"(?<=\d)\\[,!;:](?=\d{3})", ",", text)
-        text = _LATEX_FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text)
-        text = _LATEX_SPACE.sub(" ", text)
-    return " ".join(text.split())
-
-
-def _number(text: str, plain: bool = False) -> _Number | None:
-    """The value of a plain number with its unit, exactly; None for everything else."""
-    if len(text) > _LONG:
-        return None
-    if not plain:
-        text = _plain(text)
-    head = _HEAD.match(text)
-    if head is None:
-        return None
-    sign, currency, inner, whole, part, power = head.groups()
-    whole = (whole or "").replace(",", "")
-    part = (part or "")[1:]
-    if not (whole or part) or (sign and inner) or len(whole) + len(part) > _DIGITS:
-        return None
-    if power is not None and abs(int(power)) > _EXPONENT:
-        return None
-    value = Fraction(int(whole + part), 10 ** len(part))
-    if power is not None:
-        value *= Fraction(10) ** int(power)
-    rounded, rest = bool(part) or power is not None, text[head.end() :]
-    exact = not part and power is None
-    over = _OVER.match(rest) if exact else None
-    mixed = _MIXED.match(rest) if exact else None
-    for match in (over, mixed):
-        if match is not None:
-            below = match[match.lastindex or 1]
-            if len(below) > _DIGITS or len(match[1]) > _DIGITS or int(below) == 0:
-                return None
-            rest = rest[match.end() :]
-    if over is not None:
-        value /= int(over[1])
-    elif mixed is not None:
-        value += Fraction(int(mixed[1]), int(mixed[2]))
-    if "-" in (sign, inner):
-        value = -value
-    unit = _CURRENCY.get(currency.lower(), "") if currency else ""
-    rest = rest.rstrip(" .") if not rest.strip(" .") else rest
-    return _with_unit(value, rounded, unit, rest) if rest else _Number(value, rounded, unit)
-
-
-def _with_unit(value: Fraction, rounded: bool, unit: str, rest: str) -> _Number | None:
-    """Read a percent sign, a word such as million, and the unit, if that is all there is."""
-    bare = rest.strip().rstrip(".").casefold()
-    if bare in ("%", "percent", "per cent"):
-        return None if unit else _Number(value / 100, rounded, "%")
-    first, _, after = bare.partition(" ")
-    if first in _TIMES:
-        value, bare = value * _TIMES[first], after.strip()
-    if not bare:
-        return _Number(value, rounded, unit)
-    if unit or len(bare) > 60 or _UNIT.fullmatch(bare) is None:
-        return None
-    words = re.split(r"[^\w°$€£¥₹]+", bare)
-    if any(w in _NOT_UNITS or w in _TIMES for w in words):
-        return None
-    if len(words[0]) == 1 and words[0].isalpha() and words[0] not in "mglshkw":
-        return None  # 2a is a product
-    return _Number(value, rounded, _CURRENCY.get(bare, bare.rstrip("s")))
-
-
 def same_answer(a: Any, b: Any, *, tol: float = 1e-6, percent: bool = False) -> bool:
     r"""Whether two answers mean the same.
 
@@ -381,19 +265,19 @@ def same_answer(a: Any, b: Any, *, tol: float = 1e-6, percent: bool = False) -> 
         return False
     if x == y:
         return True
-    if len(x) > _LONG or len(y) > _LONG:
-        return _digits(x) is not None and _digits(x) == _digits(y)
-    x, y = _plain(x), _plain(y)
+    if len(x) > LONG or len(y) > LONG:
+        return digits(x) is not None and digits(x) == digits(y)
+    x, y = plain(x), plain(y)
     return bool(x and y) and (x == y or _same(x, y, tol, percent))
 
 
 def _same(x: str, y: str, tol: float, percent: bool) -> bool:
-    p, q = _number(x, plain=True), _number(y, plain=True)
+    p, q = number_of(x, is_plain=True), number_of(y, is_plain=True)
     if p is not None and q is not None:
-        return _equal(p, q, tol, percent)
+        return equal(p, q, tol, percent)
     if p is None and q is None:
-        if _digits(x) is not None or _digits(y) is not None:
-            return _digits(x) == _digits(y)
+        if digits(x) is not None or digits(y) is not None:
+            return digits(x) == digits(y)
         u, v = _words(x), _words(y)
         if u is not None and u == v:
             return True
@@ -416,37 +300,9 @@ def _string(value: Any) -> str | None:
         return value.strip() or None
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
-    if value.bit_length() > 3 * _DIGITS if isinstance(value, int) else not isfinite(value):
+    if value.bit_length() > 3 * DIGITS if isinstance(value, int) else not isfinite(value):
         return None
     return str(value)
-
-
-def _equal(p: _Number, q: _Number, tol: float, percent: bool) -> bool:
-    a, b = p.value, q.value
-    if "%" in (p.unit, q.unit):
-        if p.unit != q.unit and "" not in (p.unit, q.unit):
-            return False
-        if percent and p.unit != q.unit:  # 50% may also be the bare number 50
-            scaled = (
-                (p._replace(value=100 * a, unit=""), q) if p.unit else (p, q._replace(value=100 * b, unit=""))
-            )
-            if _equal(*scaled, tol=tol, percent=False):
-                return True
-    elif p.unit and q.unit and p.unit != q.unit:
-        return False
-    if a == b:
-        return True
-    if not (p.rounded or q.rounded):
-        return False
-    return abs(a - b) <= Fraction(str(tol)) * min(Fraction(1), max(abs(a), abs(b)))
-
-
-def _digits(text: str) -> str | None:
-    """An integer too long for arithmetic, without sign +, commas and leading zeros."""
-    bare = text.strip().removeprefix("+")
-    sign, bare = ("-", bare[1:]) if bare.startswith("-") else ("", bare)
-    bare = bare.replace(",", "") if re.match(r"\d{1,3},\d{3}", bare) else bare
-    return sign + (bare.lstrip("0") or "0") if bare.isascii() and bare.isdigit() else None
 
 
 _EDGES = " \t\"'`*.,;:!"
@@ -486,7 +342,7 @@ def _items(text: str) -> tuple[str, list[str]] | None:
 
 
 def _both_numbers(xs: list[str], ys: list[str]) -> bool:
-    return all(_number(i) is not None for i in (*xs, *ys))
+    return all(number_of(i) is not None for i in (*xs, *ys))
 
 
 def _same_items(xs: tuple[str, list[str]], ys: tuple[str, list[str]], tol: float, percent: bool) -> bool:
@@ -505,7 +361,7 @@ def _same_items(xs: tuple[str, list[str]], ys: tuple[str, list[str]], tol: float
 
 
 _BASE = re.compile(r"\d\s?_\s?\{?\d")
-_POWER_OF_TEN = re.compile(r"\d[eE][-+]?\d")  # one that _number refused as too large
+_POWER_OF_TEN = re.compile(r"\d[eE][-+]?\d")  # one that number_of refused as too large
 _RELATION = re.compile(r"[=<>≤≥≠≈]|\\(?:leq?|geq?|neq?|lt|gt|approx|sim|equiv|cong|in)(?![a-zA-Z])")
 _NAMED = re.compile(r"[A-Za-z](?:_\{?\w+\}?)?(?:\([A-Za-z]\))?\s?(?:=|\\in(?![a-zA-Z]))\s?")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
@@ -519,7 +375,7 @@ def _latex(text: str) -> bool:
     return bool(re.search(r"[\\^_{}]|[A-Za-z]\s?[-+*/=<>]|[-+*/=<>]\s?[A-Za-z]|\d[A-Za-z(]", text))
 
 
-def _worth_a_look(text: str, number: _Number | None) -> bool:
+def _worth_a_look(text: str, number: Number | None) -> bool:
     """Whether a text may be mathematics: no prose, no number base, no tower of powers, not too deep."""
     if number is not None:
         return True
@@ -615,12 +471,12 @@ def _gold(value: Any) -> str | None:
 
 
 def _readable(gold: str) -> bool:
-    if len(gold) > _LONG or not ("\\" in gold or "^" in gold or "{" in gold):
+    if len(gold) > LONG or not ("\\" in gold or "^" in gold or "{" in gold):
         return True
-    plain = _plain(gold)
-    if _number(plain, plain=True) is not None or not _latex(plain) or _items(plain) is not None:
+    text = plain(gold)
+    if number_of(text, is_plain=True) is not None or not _latex(text) or _items(text) is not None:
         return True
-    return _BASE.search(plain) is not None or _verify.verify(plain, plain, 1e-6) is not None
+    return _BASE.search(text) is not None or _verify.verify(text, text, 1e-6) is not None
 
 
 def accuracy(
