@@ -27,18 +27,18 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TRL_EXPERIMENTAL_SILENCE := 1
 PYTEST := $(PY) -m pytest -q -n 2
 
-.PHONY: start test test-all lint unit shapes notebook-tests lab notebooks index pin setup
+.PHONY: start test test-all lint unit shapes notebook-tests claims lab notebooks index pin setup
 .DEFAULT_GOAL := start
 
 start: setup
 	@$(PY) scripts/notebook.py start
 
-test: lint unit shapes notebook-tests
+test: lint unit shapes notebook-tests claims
 
 # Also what takes longer: the install of the wheel into an empty environment, the browser, full sweeps.
 test-all: lint
 	$(PYTEST) --slow
-	@$(MAKE) --no-print-directory shapes notebook-tests
+	@$(MAKE) --no-print-directory shapes notebook-tests claims
 
 lint: setup
 	$(PY) -m ruff format --check .
@@ -58,6 +58,11 @@ ifeq ($(NOTEBOOKS),)
 else
 	$(PYTEST) --dist loadscope --nbval-lax --nbval-cell-timeout 300 --nbval-current-env notebooks
 endif
+
+# Judge the claims again on the saved sweeps, and run one arm and seed of a sweep anew, drawn by the date.
+claims: setup
+	$(PY) scripts/claims_md.py --check
+	$(PY) scripts/sweep_spine.py --recheck
 
 lab: setup
 	$(PY) -m jupyter lab notebooks
