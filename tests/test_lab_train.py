@@ -1,4 +1,4 @@
-"""The embedded model, sampling and the loop: shapes, seeds, batch cuts, groups, the road of the checkpoints."""
+"""The embedded model, sampling and the loop: shapes, seeds, batch cuts, groups, how checkpoints are made."""
 
 import json
 import random
@@ -81,7 +81,8 @@ def test_seeds_are_different_networks():
     assert not torch.equal(first.lm_head.weight, second.lm_head.weight)
 
 
-def test_pretraining_repeats_itself_and_learns():
+def test_pretraining_repeats_itself(tiny, monkeypatch):
+    monkeypatch.setattr(_pretrain, "build_tokenizer", lambda: tiny[1])  # the same one, see above
     one, _ = _pretrain.pretrain(3, steps=3, batch=8)
     two, _ = _pretrain.pretrain(3, steps=3, batch=8)
     other, _ = _pretrain.pretrain(4, steps=3, batch=8)
@@ -147,13 +148,14 @@ def test_evaluate_hands_columns_over():
         {"prompt": "1+2=", "answer": "3", "meta": {"n": 8}},
     ]
 
-    def reward(prompts, completions, *, answer, meta, **columns):
+    def reward(prompts, completions, *, answer, meta):
+        assert prompts == ["2+2=", "2+2=", "1+2=", "1+2="]
         return [
             None if c == "?" else float(c == a) + m["n"]
             for c, a, m in zip(completions, answer, meta, strict=True)
         ]
 
-    frame = lab.evaluate(lambda prompts, n: [["4", "?"] for _ in prompts], rows, {"r": reward}, n=2)
+    frame = lab.evaluate(lambda prompts, n: [["4", "?"][:n] for _ in prompts], rows, {"r": reward}, n=2)
     assert frame["row"].tolist() == [0, 0, 1, 1]
     assert frame["sample"].tolist() == [0, 1, 0, 1]
     assert frame["r"].tolist()[0] == 8
@@ -207,11 +209,8 @@ def test_groups_stay_whole_and_are_numbered_anew():
         assert denom == 3
         assert set(group) == {0, 1, 2}
         for g in (0, 1, 2):
-            assert [d for d, h in zip(gold, group, strict=True) if h == g] == [
-                1,
-                0,
-                0,
-            ]  # whole, reference first
+            members = [d for d, h in zip(gold, group, strict=True) if h == g]
+            assert members == [1, 0, 0]  # whole, reference first
 
 
 def test_callable_rows_and_prepare():
@@ -223,6 +222,7 @@ def test_callable_rows_and_prepare():
         return [word_problem(random.Random(step)) for _ in range(4)]
 
     def noise(batch, step):
+        assert step == asked[-1]
         ids, _ = tokens.corrupt(batch["input_ids"], batch["mask"], 0.3, mask_id=tokenizer.mask_token_id)
         return batch | {"input_ids": ids}
 
@@ -232,17 +232,15 @@ def test_callable_rows_and_prepare():
 
 
 def test_engine_trl_is_the_same_training():
-    rows = lab.rows("word_problem", "train", n=8)
+    rows = lab.rows("word_problem", "train", n=8)  # whole batches: the order of rows plays no part
     weights = []
     for engine in ("lab", "trl"):
         model, tokenizer = lab.load("tiny")
-        history = lab.fit(model, tokenizer, rows, sft, steps=2, batch=8, lr=1e-4, engine=engine)
+        history = lab.fit(model, tokenizer, rows, sft, steps=2, batch=8, lr=1e-4, warmup=0.0, engine=engine)
         assert len(history) == 2
         weights.append(model.lm_head.weight.detach().clone())
     moved = (weights[0] - lab.load("tiny")[0].lm_head.weight).abs().max()
-    assert (
-        weights[0] - weights[1]
-    ).abs().max() < 0.05 * moved  # whole batches: the order of rows plays no part
+    assert (weights[0] - weights[1]).abs().max() < 0.02 * moved
 
 
 def test_saved_model_loads_again_and_lora_trains(tmp_path, tiny):
@@ -276,10 +274,10 @@ def test_refusals(tiny, tmp_path):
     with pytest.raises(ValueError, match="column 'rank' in every row, got none in row 0"):
         lab.fit(model, tokenizer, rows, sft, steps=1, columns=("rank",))
     with pytest.raises(ValueError, match="finite loss"):
-        lab.fit(model, tokenizer, rows, lambda logps, batch, denom: logps.sum() * float("nan"), steps=1)
+        lab.fit(model, tokenizer, rows, lambda logps, *_: logps.sum() * float("nan"), steps=1)
     with pytest.raises(ValueError, match="no prepare with engine='trl'"):
-        lab.fit(model, tokenizer, rows, sft, steps=1, engine="trl", prepare=lambda b, s: b)
-    with pytest.raises(ValueError, match="3 completions|expected 1 completions"):
-        lab.evaluate(lambda prompts, n: [[]], rows[:1], {"r": accuracy()})
+        lab.fit(model, tokenizer, rows, sft, steps=1, engine="trl", prepare=lambda b, _: b)
+    with pytest.raises(ValueError, match="expected 1 completions for each of 1 prompts"):
+        lab.evaluate(lambda *_: [[]], rows[:1], {"r": accuracy()})
     with pytest.raises(ValueError, match="rows and rewards"):
-        lab.evaluate(lambda prompts, n: [], [], {})
+        lab.evaluate(lambda *_: [], [], {})
