@@ -61,7 +61,7 @@ def replay(lines):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_row_contract(name):
-    for seed in range(60):
+    for seed in range(20 if name == "game24" else 60):  # four numbers: a long search
         row = TASKS[name](random.Random(seed))
         assert row == TASKS[name](random.Random(seed))  # nothing but rng is random
         assert replay(row["steps"]) == row["answer"]
@@ -141,12 +141,12 @@ def test_detail_grows():
     assert lengths[0] < lengths[1] < lengths[2] < lengths[3] < lengths[4] < lengths[5]
 
 
-@pytest.mark.parametrize("name", ["word_problem", "countdown"])
+@pytest.mark.parametrize("name", ["default", "distractors", "countdown", "dfs"])
 def test_splits_cannot_leak(name):
     seen = {}
     for split in ("train", "validation", "test"):
         for seed in (0, 1):
-            for row in lab.rows(name, split, n=200, seed=seed):
+            for row in lab.rows(TASKS[name], split, n=200, seed=seed):
                 assert seen.setdefault(row["prompt"], split) == split
 
 
