@@ -100,7 +100,7 @@ def show_segments(row: Mapping[str, Any], tokenizer: Any, fmt: Format | str = "t
     )
     odd = bool(batch["malformed"][0])
     note = "<p>This completion does not follow the format: all of it counts as thought.</p>" if odd else ""
-    return Shown(f"<table>{body}</table>{note}", table)
+    return Shown(f'<table class="tex2jax_ignore mathjax_ignore">{body}</table>{note}', table)
 
 
 def microscope(
@@ -202,7 +202,7 @@ def _seen(table: Any, row: int, rows: int) -> str:
             f'<td style="text-align:left;{_BOX}">{"".join(spans)}</td></tr>'
         )
     head = f"<tr><td></td><th>row {row}</th></tr>" if rows > 1 else ""
-    return f"<table>{head}{''.join(lines)}</table>"
+    return f'<table class="tex2jax_ignore mathjax_ignore">{head}{"".join(lines)}</table>'
 
 
 def _strength(push: float, largest: float) -> float:
