@@ -193,5 +193,5 @@ def test_refusals(model, tokenizer):
         plot({"a": [1.0, 2.0]}, **words, at=[0, 1, 2])
     with pytest.raises(ValueError, match="expected numbers for 'a'"):
         plot_arms({"a": []}, y="accuracy", title="None")
-    with pytest.raises(ValueError, match="scores and right"):
+    with pytest.raises(ValueError, match="expected scores, right"):
         plot_scores({"a": ([1.0], [True, False])}, title="No")
