@@ -26,7 +26,7 @@ ALPHA = 0.05
 _FIELDS = {
     "paper", "sentence", "arm", "arms", "control", "metric", "greater", "smallest_effect", "within", "trend",
     "precondition", "reported", "best", "grid", "questions", "seeds", "bases", "notebook", "table", "date",
-    "pinned", "authors", "where", "note",
+    "pinned", "authors", "where", "note", "one_seed",
 }  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def claim(
         grid: per setting that was tried, the validation scores ``(arm, control)``: shown as the share of
             settings on which the sign holds.
         one_seed: judge a single expensive run by a bootstrap over its questions; the verdict then ends in
-            "(questions only, one seed)".
+            "(questions only, one seed)". An entry may ask for it too.
 
     Returns:
         A ``Claim``. Its verdict, for an effect turned so that positive is what the paper says, interval
@@ -185,6 +185,7 @@ def claim(
         toy: +0.100 [+0.075, +0.125] supported
     """
     entry = _entry(name, claims)
+    one_seed = one_seed or bool(entry.get("one_seed", False))
     form = "trend" if "trend" in entry else "within" if "within" in entry else "difference"
     arms = [str(a) for a in entry.get("arms", [entry.get("arm")])]
     control = entry.get("control", "")
