@@ -71,7 +71,7 @@ def show_segments(row: Mapping[str, Any], tokenizer: Any, fmt: Format | str = "t
     Example:
         >>> from cotkit import lab
         >>> _, tokenizer = lab.load("tiny")
-        >>> row = {"prompt": "2+3?", "completion": "<think>\\n2+3=5\\n</think>\\n5"}
+        >>> row = {"prompt": "2+3?", "completion": "<think>\n2+3=5\n</think>\n5"}
         >>> shown = show_segments(row, tokenizer)
         >>> "".join(shown.table.token[shown.table.segment == "thought"])
         '2+3=5'
@@ -141,7 +141,7 @@ def microscope(
         >>> from cotkit import lab
         >>> from cotkit.losses.sft import nll
         >>> model, tokenizer = lab.load("tiny")
-        >>> row = {"prompt": "2+3?", "completion": "<think>\\n2+3=5\\n</think>\\n5"}
+        >>> row = {"prompt": "2+3?", "completion": "<think>\n2+3=5\n</think>\n5"}
         >>> seen = microscope(lambda logps, batch, denom: nll(logps, batch["mask"]), model, tokenizer, row)
         >>> bool((seen.table.push > 0).all())  # SFT pushes every token up
         True
