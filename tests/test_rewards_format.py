@@ -51,6 +51,19 @@ def test_options():
     assert one("## answer\na\n## plan\nb", names=("plan", "answer"), open="## {}", close="") == 0.0
 
 
+def test_closing_text():
+    # One closing text for every block, and a block of one line whose end closes it.
+    assert one("<plan>a<end><answer>b<end>", names=("plan", "answer"), close="<end>") == 1.0
+    assert one("<plan>a<answer>b<end>", names=("plan", "answer"), close="<end>") == 0.0
+    assert one("Answer: 4\n", names=("Answer",), open="{}: ", close="\n") == 1.0
+    assert one("Answer: 4", names=("Answer",), open="{}: ", close="\n") == 0.0
+
+
+def test_no_prompts():
+    good, bare = "<think>a</think><answer>b</answer>", "a</think><answer>b</answer>"
+    assert tags()(prompts=None, completions=[good, bare]) == [1.0, 0.0]
+
+
 def test_prefilled_template():
     rest = "a</think><answer>b</answer>"
     assert one(rest, prefilled=True) == 1.0
@@ -77,5 +90,7 @@ def test_refusals():
         tags(("a", "a"))
     with pytest.raises(ValueError, match="for the name"):
         tags(open="<think>")
+    with pytest.raises(ValueError, match="a tag or an empty string"):
+        tags(("plan", "answer"), close=" ")
     with pytest.raises(ValueError, match="expected 1 prompts, got 2"):
         tags()(prompts=["a", "b"], completions=["c"])
