@@ -40,8 +40,14 @@ from cotkit.rewards.steps import calculate, equations, find_equations
         ("1=1", None),
         ("__import__('os')", None),
         ("9**9**9**9", None),
+        ("2**64", 18446744073709551616),
         ("2**65", None),
+        ("4**.5", None),  # no roots
+        ("*5", None),
+        ("2+*5", None),
+        ("1 +\n2", 3),
         ("(" * 140 + "1" + ")" * 140, 1),
+        ("9" * 300, 10**300 - 1),
         ("9" * 301, None),
         ("\0", None),
         ("\ud800", None),
@@ -50,6 +56,18 @@ from cotkit.rewards.steps import calculate, equations, find_equations
 )
 def test_calculate(text, value):
     assert calculate(text) == value
+
+
+def test_size_of_values():
+    # 9**64 has 203 bits: ten factors 2,029, eleven 2,232, of 2,048 allowed above and below the line.
+    assert calculate("*".join(["9**64"] * 10)) == 9**640
+    assert calculate("*".join(["9**64"] * 11)) is None
+    assert calculate("1" + "/9**64" * 10) == Fraction(1, 9**640)
+    assert calculate("1" + "/9**64" * 11) is None
+    largest = (2**32 - 1) ** 64  # 2,048 bits, the most there is
+    assert largest.bit_length() == 2048
+    assert calculate("4294967295**64") == largest
+    assert calculate("4294967295**64*2") is None
 
 
 def test_find_equations():
@@ -68,7 +86,16 @@ def test_find_equations():
     assert found("-5+3=-2") == [("-5+3", "-2", True)]
     assert found("1/3=0.333 2/3=0.6666") == [("1/3", "0.333", True), ("2/3", "0.6666", True)]  # within 0.001
     assert found("1/3=0.33") == [("1/3", "0.33", False)]
+    assert found("1/2=0.501 1/2=0.5009") == [("1/2", "0.501", False), ("1/2", "0.5009", True)]
     assert found("1/0=0") == [("1/0", "0", False)]
+    assert found("(2+3)*4=20") == [("(2+3)*4", "20", True)]
+    assert found("14=2*(3+4)") == [("14", "2*(3+4)", True)]
+    assert found("-(5+3)=-8") == [("-(5+3)", "-8", True)]
+    assert found("-$5+$3=-$2") == [("-$5+$3", "-$2", True)]
+    assert found("grade-3+4=7") == [("3+4", "7", True)]  # a hyphen, no sign
+    assert found("7=3+4 - you see") == [("7", "3+4", True)]  # a dash, no sign
+    assert found("2) * 3+4=7") == [("3+4", "7", True)]  # a numbered bullet
+    assert found("-5=-5") == []  # a sign alone calculates nothing
     assert found("6 apples + 1 apple = 7") == []
     text = "so 3 + 4 = 7."
     assert text[find_equations(text)[0].start : find_equations(text)[0].end] == "3 + 4 = 7"
