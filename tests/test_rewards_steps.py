@@ -90,7 +90,7 @@ def test_find_equations():
     assert found("1/0=0") == [("1/0", "0", False)]
     assert found("(2+3)*4=20") == [("(2+3)*4", "20", True)]
     assert found("14=2*(3+4)") == [("14", "2*(3+4)", True)]
-    assert found("-(5+3)=-8") == [("-(5+3)", "-8", True)]
+    assert found("Sum:\n-(5+3)=-8") == [("-(5+3)", "-8", True)]
     assert found("-$5+$3=-$2") == [("-$5+$3", "-$2", True)]
     assert found("grade-3+4=7") == [("3+4", "7", True)]  # a hyphen, no sign
     assert found("7=3+4 - you see") == [("7", "3+4", True)]  # a dash, no sign
