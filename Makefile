@@ -50,7 +50,7 @@ unit: setup
 
 # The same tests with every shape and type of a signature checked on each call (the hook answers before our messages).
 shapes: setup
-	$(PYTEST) -m "not slow and not errors" --jaxtyping-packages=cotkit,beartype.beartype
+	$(PYTEST) -m "not slow and not errors" --jaxtyping-packages=cotkit,shape_hook.check
 
 notebook-tests: setup
 ifeq ($(NOTEBOOKS),)

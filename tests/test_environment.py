@@ -91,7 +91,7 @@ def test_start_and_test_do_all_the_set_up():
         "ruff format --check",
         "ruff check",
         "mypy",
-        "--jaxtyping-packages=cotkit,beartype.beartype",
+        "--jaxtyping-packages=cotkit,shape_hook.check",
     ):
         assert step in plan
     assert plan.count('-m "not slow') == 2
