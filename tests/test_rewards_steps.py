@@ -51,7 +51,7 @@ from cotkit.rewards.steps import calculate, equations, find_equations
         ("9" * 301, None),
         ("\0", None),
         ("\ud800", None),
-        (None, None),
+        pytest.param(None, None, marks=pytest.mark.errors),
     ],
 )
 def test_calculate(text, value):
