@@ -121,7 +121,7 @@ class Format:
     open: str = ""
     close: str = ""
     step: str = "\n"
-    answer: tuple[str, ...] = ("",)
+    answer: str | tuple[str, ...] = ("",)
     end: str = ""
 
     def __post_init__(self) -> None:
