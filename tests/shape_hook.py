@@ -1,4 +1,4 @@
-"""The type checker behind `make shapes`: beartype, with an int allowed where a float is asked for (PEP 484)."""
+"""The type checker behind `make shapes`: beartype, with an int allowed for a float (PEP 484)."""
 
 from beartype import BeartypeConf, beartype
 
