@@ -26,7 +26,6 @@ import torch
 
 from cotkit import lab, tokens
 from cotkit.bootstrap.reject import sample_and_score
-from cotkit.lab._table import unpack
 from cotkit.losses.preference import constraint_alignment
 from cotkit.losses.sft import nll
 from cotkit.metrics import assessment_accuracy
@@ -284,9 +283,7 @@ def recheck(day: date) -> int:
     task, arm = rng.choice(list(TASKS)), rng.choice(ARMS)
     base, seed = rng.choice(BASES), rng.choice(SEEDS[task])
     rows = lab.table(table_path(task), settings=SETTINGS).rows
-    means = rows[rows["arm"] == arm].assign(
-        mean=lambda t: t["accuracy"].map(lambda c: float(np.mean(unpack(c))))
-    )
+    means = rows[rows["arm"] == arm].assign(mean=lambda t: t["accuracy"].map(np.mean))
     recorded = float(means[(means["base"] == base) & (means["seed"] == seed)]["mean"].iloc[0])
     spread = float(means.groupby("base")["mean"].std().mean())
     now = float(np.mean(run(task, base, seed, SETTINGS, arms=(arm,))[0]["accuracy"]))
