@@ -28,7 +28,11 @@ import sweep_spine as spine  # isort: skip
 HERE = Path(__file__).resolve().parent.parent
 TABLE = HERE / "notebooks" / "results" / "gsm8k.csv"
 CACHE = HERE / "out" / "gsm8k"
-CODE = ("scripts/sweep_gsm8k.py", "cotkit/losses/preference.py", "cotkit/rewrite/structure.py")
+CODE = (
+    "scripts/sweep_gsm8k.py",
+    "cotkit/losses/preference.py::constraint_alignment",
+    "cotkit/rewrite/structure.py::inject_error",
+)
 ARMS = ("sft", "sft_more", "align_plain", "aft_detach", "aft_boundary")
 BASES, SEEDS = (0,), (0,)
 SETTINGS: dict[str, Any] = {

@@ -39,10 +39,11 @@ CACHE = HERE / "out" / "spine"
 METRICS = ("accuracy", "assessment_train", "assessment_test", "perplexity")
 CODE = (
     "scripts/sweep_spine.py",
-    "cotkit/losses/preference.py",
-    "cotkit/losses/sft.py",
-    "cotkit/rewrite/pairs.py",
-    "cotkit/tasks/arithmetic.py",
+    "cotkit/losses/preference.py::constraint_alignment",
+    "cotkit/losses/sft.py::nll",
+    "cotkit/rewrite/pairs.py::ranked",
+    "cotkit/tasks/arithmetic.py::word_problem",
+    "cotkit/tasks/arithmetic.py::countdown",
 )
 ARMS = (
     "sft",

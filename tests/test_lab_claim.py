@@ -384,6 +384,34 @@ def test_hash_ignores_words_and_sees_numbers(tmp_path):
     assert code_hash(file) == first
 
 
+def test_hash_of_one_function_follows_what_it_uses(tmp_path):
+    file = tmp_path / "f.py"
+    code = (
+        "RATE = 2\ndef helper(x):\n    return RATE * x\n"
+        "def f(x):\n    return helper(x)\ndef g(x):\n    return x\n"
+    )
+    file.write_text(code)
+    first = code_hash(file, "f")
+    assert first != code_hash(file) != code_hash(file, "g") != first
+    file.write_text(code.replace("    return x\n", "    return -x\n"))  # g changed
+    assert code_hash(file, "f") == first
+    for old, new in (
+        ("RATE = 2", "RATE = 3"),
+        ("RATE * x", "RATE + x"),
+        ("helper(x)\ndef g", "helper(-x)\ndef g"),
+    ):
+        assert old in code
+        file.write_text(code.replace(old, new))
+        assert code_hash(file, "f") != first
+    assert code_hash(file, "gone") == "missing"
+    path = save_table(
+        tmp_path / "t.csv", [{"arm": "a", "seed": 0, "m": [1]}], settings={}, code=[f"{file}::g"]
+    )
+    assert table(path).stale == []
+    file.write_text(code.replace("    return x\n", "    return -x\n"))
+    assert table(path).stale == [f"{file}::g changed"]
+
+
 def test_table_says_what_changed(tmp_path):
     code = tmp_path / "sub" / "code.py"
     code.parent.mkdir()

@@ -231,6 +231,23 @@ def test_callable_rows_and_prepare():
     assert len(history) == 3
 
 
+def test_forward_takes_the_place_of_the_logps():
+    rows = lab.rows("word_problem", "train", n=8)
+    how = {"steps": 2, "batch": 4, "lr": 1e-3}
+    ends = []
+    for forward in (None, lambda m, b: (tokens.model_logps(m, b, grad=True), m.lm_head.weight)):
+        model, tokenizer = lab.load("tiny")
+
+        def loss(out, batch, denom, paired=forward is not None):
+            logps, extra = out if paired else (out, None)
+            penalty = 0.0 if extra is None else 0 * extra.sum()
+            return nll(logps, batch["mask"], denom=denom) + penalty
+
+        lab.fit(model, tokenizer, rows, loss, forward=forward, **how)
+        ends.append(model.lm_head.weight.detach().clone())
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
 def test_engine_trl_is_the_same_training():
     rows = lab.rows("word_problem", "train", n=8)  # whole batches: the order of rows plays no part
     weights = []
@@ -258,6 +275,15 @@ def test_saved_model_loads_again_and_lora_trains(tmp_path, tiny):
 
 
 @pytest.mark.errors
+def test_forward_is_for_one_pass_of_the_lab(tiny):
+    model, tokenizer = tiny
+    rows = lab.rows("word_problem", "train", n=2)
+    for how in ({"microbatch": 1}, {"engine": "trl"}):
+        with pytest.raises(ValueError, match="forward"):
+            lab.fit(model, tokenizer, rows, sft, steps=1, forward=tokens.model_logps, **how)
+
+
+@pytest.mark.errors
 def test_refusals(tiny, tmp_path):
     model, tokenizer = tiny
     rows = lab.rows("word_problem", "train", n=2)
@@ -275,7 +301,7 @@ def test_refusals(tiny, tmp_path):
         lab.fit(model, tokenizer, rows, sft, steps=1, columns=("rank",))
     with pytest.raises(ValueError, match="finite loss"):
         lab.fit(model, tokenizer, rows, lambda logps, *_: logps.sum() * float("nan"), steps=1)
-    with pytest.raises(ValueError, match="no prepare with engine='trl'"):
+    with pytest.raises(ValueError, match="no prepare and no forward with engine='trl'"):
         lab.fit(model, tokenizer, rows, sft, steps=1, engine="trl", prepare=lambda b, _: b)
     with pytest.raises(ValueError, match="expected 1 completions for each of 1 prompts"):
         lab.evaluate(lambda *_: [[]], rows[:1], {"r": accuracy()})

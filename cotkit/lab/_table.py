@@ -45,7 +45,8 @@ def save_table(
         runs: one mapping per run: ``arm``, ``seed``, ``base`` (optional, 0) and, per metric, a sequence with
             one number per question (NaN = does not apply) or one number for the run.
         settings: what the sweep was run with (steps, learning rate, ...); anything json can hold.
-        code: files whose code made the numbers. Comments, docstrings and layout do not count.
+        code: files whose code made the numbers, or ``"file.py::name"`` for one function of a file and all
+            that it uses there. Comments, docstrings and layout do not count.
 
     Returns:
         The path of the csv.
@@ -87,7 +88,7 @@ def save_table(
         "date": date.today().isoformat(),
         "settings": dict(settings),
         "settings_hash": _settings_hash(settings),
-        "code": {str(file): code_hash(file) for file in code},
+        "code": {str(file): code_hash(*_split(file)) for file in code},
     }
     path.with_suffix(".json").write_text(json.dumps(info, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return path
@@ -104,7 +105,8 @@ def table(
 
     Args:
         path: the csv written by ``save_table``.
-        code: files to compare with the recorded hashes; None compares every file that the json names.
+        code: files (or ``"file.py::name"``) to compare with the recorded hashes; None compares every one that
+            the json names.
         settings: the settings of today; None does not compare them.
         root: folder that the recorded file names start from; None: the first folder above ``path`` in which
             they exist.
@@ -147,10 +149,11 @@ def table(
     stale = [] if info else ["no record of code and settings"]
     recorded: dict[str, str] = info.get("code", {})
     for file in [str(f) for f in code] if code is not None else list(recorded):
-        now = _find(file, path, root)
+        name, function = _split(file)
+        now = _find(name, path, root)
         if file not in recorded:
             stale.append(f"{file} is not on record")
-        elif now is None or code_hash(now) != recorded[file]:
+        elif now is None or code_hash(now, function) != recorded[file]:
             stale.append(f"{file} changed")
     if settings is not None and info and _settings_hash(settings) != info.get("settings_hash"):
         stale.append("settings changed")
@@ -183,14 +186,48 @@ def unpack(cell: str) -> np.ndarray:
         raise ValueError(f"table: expected a cell like 'b011-' or 'f0.5 1', got {cell[:20]!r}.") from None
 
 
-def code_hash(path: str | Path) -> str:
-    """SHA-256 of a file's code: of Python files the syntax tree without docstrings, of others the bytes."""
+def code_hash(path: str | Path, function: str = "") -> str:
+    """SHA-256 of a file's code: of Python files the syntax tree without docstrings, of others the bytes.
+
+    With ``function`` only that definition counts, and every other one of the file that it mentions, directly
+    or through another. A function that is gone has the hash "missing".
+    """
     data = Path(path).read_bytes()
     if Path(path).suffix != ".py":
         return hashlib.sha256(data).hexdigest()
     digest = hashlib.sha256()
-    _feed(ast.parse(data), digest)
+    tree: Any = ast.parse(data)
+    if function:
+        parts = _used(tree, function)
+        if not parts:
+            return "missing"
+        tree = parts
+    _feed(tree, digest)
     return digest.hexdigest()
+
+
+def _used(tree: ast.Module, function: str) -> list[ast.stmt]:
+    """The definition of a name and, in order of the file, the definitions of all names it mentions."""
+    defined: dict[str, ast.stmt] = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            defined[node.name] = node
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            defined.update({t.id: node for t in targets if isinstance(t, ast.Name)})
+    wanted, seen = [function] if function in defined else [], set[str]()
+    while wanted:
+        name = wanted.pop()
+        seen.add(name)
+        mentioned = {n.id for n in ast.walk(defined[name]) if isinstance(n, ast.Name)}
+        wanted += sorted(mentioned & set(defined) - seen)
+    return [node for node in tree.body if any(defined.get(name) is node for name in seen)]
+
+
+def _split(file: str | Path) -> tuple[str, str]:
+    """Path and function of ``"file.py::name"``."""
+    path, _, function = str(file).partition("::")
+    return path, function
 
 
 def _feed(node: Any, digest: Any) -> None:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Batch = dict[str, Tensor]
-LossFn = Callable[[Tensor, Batch, Any], Tensor]
+LossFn = Callable[[Any, Batch, Any], Tensor]
+Forward = Callable[[Any, Batch], Any]
 
 
 def fit(
@@ -35,6 +36,7 @@ def fit(
     unit: str = "token",
     microbatch: int | None = None,
     prepare: Callable[[Batch, int], Batch] | None = None,
+    forward: Forward | None = None,
     warmup: float = 0.1,
     weight_decay: float = 0.0,
     clip: float = 1.0,
@@ -64,14 +66,18 @@ def fit(
             log-probs is taken first, then each part of the batch is run again (exact, about a third more
             time). None: one pass.
         prepare: changes an encoded batch before the forward pass, e.g. to corrupt its inputs; gets the step
-            number.
+            number. An entry ``inputs_embeds`` [B, T, D] is read in place of the input ids.
+        forward: ``forward(model, batch) -> out``, where a loss wants more than the log-probs of the labels
+            (several heads, a penalty beside them): ``out`` takes their place in ``loss``. None:
+            ``tokens.model_logps`` with its graph.
         warmup: share of the steps.
         weight_decay: of AdamW.
         clip: largest gradient norm.
         max_length: longest row in tokens.
         malformed: what ``tokens.encode`` does with a completion that does not follow ``fmt``.
         engine: "lab" is this loop; "trl" hands the same rows and loss to TRL's trainer (no ``prepare``, no
-            callable rows), where accumulation, checkpoints, several processes and logging live.
+            ``forward``, no callable rows), where accumulation, checkpoints, several processes and logging
+            live.
         description: name of the progress bar.
 
     Returns:
@@ -79,7 +85,8 @@ def fit(
         (padding not counted), ``seconds`` since the start.
 
     Raises:
-        ValueError: an argument out of range, no rows, a missing column, or a loss that is not finite.
+        ValueError: an argument out of range, no rows, a missing column, ``forward`` with ``microbatch``, or a
+            loss that is not finite.
 
     Source: none (plumbing)
 
@@ -102,9 +109,9 @@ def fit(
     if not callable(rows) and not len(rows):
         raise ValueError("fit: expected rows to train on, got none.")
     if engine == "trl":
-        if prepare is not None or callable(rows):
+        if prepare is not None or forward is not None or callable(rows):
             raise ValueError(
-                "fit: expected a list of rows and no prepare with engine='trl'. Use engine='lab'."
+                "fit: expected a list of rows, no prepare and no forward with engine='trl'. Use engine='lab'."
             )
         from cotkit.interop.trl import fit as trl_fit
 
@@ -127,6 +134,8 @@ def fit(
             max_length=max_length,
             malformed=malformed,
         )
+    if forward is not None and microbatch is not None:
+        raise ValueError("fit: expected no microbatch with forward, got both. Two passes need log-probs.")
     import pandas as pd
 
     def encoded(chosen: Sequence[dict[str, Any]]) -> Batch:
@@ -148,7 +157,7 @@ def fit(
             now = {name: value.to(model.device) for name, value in now.items()}
             for group in optimizer.param_groups:
                 group["lr"] = lr * _schedule(step, steps, warmup)
-            value = backward(model, now, loss, count(now, unit), microbatch=microbatch)
+            value = backward(model, now, loss, count(now, unit), microbatch=microbatch, forward=forward)
             norm = float(torch.nn.utils.clip_grad_norm_(trained, clip))
             if not math.isfinite(value) or not math.isfinite(norm):
                 raise ValueError(
@@ -178,11 +187,20 @@ def count(batch: Batch, unit: str) -> int:
     return max(1, int(counted.sum() if unit == "token" else (counted > 0).sum()))
 
 
-def backward(model: Any, batch: Batch, loss: LossFn, denom: Any, *, microbatch: int | None = None) -> float:
+def backward(
+    model: Any,
+    batch: Batch,
+    loss: LossFn,
+    denom: Any,
+    *,
+    microbatch: int | None = None,
+    forward: Forward | None = None,
+) -> float:
     """Accumulate the gradients of one loss; in two exact passes when the rows do not fit at once."""
     rows = batch["input_ids"].shape[0]
     if microbatch is None or rows <= microbatch:
-        value = loss(model_logps(model, batch, grad=True), batch, denom)
+        out = model_logps(model, batch, grad=True) if forward is None else forward(model, batch)
+        value = loss(out, batch, denom)
         value.backward()
         return float(value.detach())
     parts = [slice(i, i + microbatch) for i in range(0, rows, microbatch)]
