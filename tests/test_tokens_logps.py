@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from cotkit import _linear
 from cotkit.tokens import (
+    _linear,
     entropy,
     grouped,
     kl,
@@ -188,7 +188,7 @@ def scored(model, seed=1):
 
 
 def no_logits(monkeypatch):
-    monkeypatch.setattr("cotkit.tokens.token_logps", lambda *_: pytest.fail("built the logits"))
+    monkeypatch.setattr("cotkit.tokens._logps.token_logps", lambda *_: pytest.fail("built the logits"))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -202,6 +202,25 @@ def test_model_logps_without_logits(monkeypatch, tied):
     model_logps(model, batch, grad=True).sum().backward()
     assert model.get_input_embeddings().weight.grad is not None
     assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("cap", [False, True])
+def test_model_logps_reads_embeddings_in_place_of_ids(monkeypatch, cap):
+    model = tiny()
+    if cap:  # no plain head: the road over the logits
+        monkeypatch.setattr("cotkit.tokens._logps.plain_head", lambda _: None)
+    batch, _ = scored(model)
+    want = model_logps(model, batch)
+    embeds = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+    other = batch | {"inputs_embeds": embeds, "input_ids": batch["input_ids"] * 0}  # ids there, and not read
+    assert torch.equal(model_logps(model, other), want)
+    assert not model_logps(model, other).requires_grad
+    del other["input_ids"]
+    found = model_logps(model, other, grad=True)
+    assert torch.equal(found.detach(), want)
+    (found[0, 4] + found[1, 3]).backward()
+    reached = (embeds.grad != 0).any(-1)  # what stands before a scored token, in its own row
+    assert reached.tolist() == [[True] * 4 + [False] * 3, [True] * 3 + [False] * 4]
 
 
 def test_model_logps_sees_a_soft_cap_and_whatever_else_follows_the_head():
@@ -347,6 +366,13 @@ def test_refusals():
         linear_logps(logits, torch.zeros(3, 3), labels, bias=torch.zeros(4))
     with pytest.raises(ValueError, match="expected labels in the batch"):
         model_logps(None, {"input_ids": labels})
+    with pytest.raises(ValueError, match="expected input_ids in the batch"):
+        model_logps(None, {"labels": labels})
+    for embeds in (logits[:, 1:], logits[0], logits[:1]):
+        with pytest.raises(ValueError, match=r"inputs_embeds \[B, T, D\]"):
+            model_logps(None, {"inputs_embeds": embeds, "labels": labels})
+    with pytest.raises(TypeError, match="inputs_embeds as a float"):
+        model_logps(None, {"inputs_embeds": logits.long(), "labels": labels})
     with pytest.raises(ValueError, match="equal shapes"):
         kl(logits, logits[:1])
     with pytest.raises(ValueError, match="equal shapes"):
