@@ -120,8 +120,8 @@ def model_logps(model: Any, batch: Mapping[str, Tensor], *, grad: bool = False) 
     Args:
         model: a causal language model of ``transformers``, or its peft wrapper. Dropout stays as the model's
             mode says.
-        batch: from ``encode``; ``input_ids``, ``attention_mask`` and ``labels`` are read. Where
-            there is ``inputs_embeds`` [B, T, D] the model is given that instead of ``input_ids``; gradient flows.
+        batch: from ``encode``; ``input_ids``, ``attention_mask`` and ``labels`` are read. If there
+            is ``inputs_embeds`` [B, T, D] the model gets that instead of ``input_ids``; gradient flows.
         grad: keep the graph.
 
     Returns:
