@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import tensor
 
-from cotkit.losses.preference import constraint_alignment
+from cotkit.losses.preference import constraint_alignment, rrhf
 
 CONSTRAINTS = [None, "detach", "boundary"]
 
@@ -253,3 +253,102 @@ def test_refusals(f64):
         constraint_alignment(scores, rank, denom=-1)
     with pytest.raises(TypeError, match=r"scores as a torch\.Tensor, got list"):
         constraint_alignment([[-1.0]], rank)
+
+
+# RRHF
+
+
+def rrhf_loop(scores, rank, valid, constraint, margin, beta):
+    """Hinge on every ordered pair, written with loops; returns one loss per group."""
+    losses = []
+    for s, r, v in zip(scores, rank, valid, strict=True):
+        total = torch.zeros((), dtype=scores.dtype)
+        for j in range(len(s)):
+            better = [i for i in range(len(s)) if v[i] and v[j] and r[i] < r[j]]
+            for i in better:
+                s_j = s[j].detach() if constraint == "detach" else s[j]
+                if margin + s_j - s[i] > 0:
+                    total = total + margin + s_j - s[i]
+                floor = min(s[k].item() for k in better) - beta
+                if constraint == "boundary" and floor > s[j]:
+                    total = total + floor - s[j]
+        losses.append(total)
+    return torch.stack(losses)
+
+
+def test_rrhf_by_hand(f64):
+    scores = f64([[-1.0, -1.4, -0.7]])  # ranks 0, 1, 2: pairs (0,1) in order, (0,2) off by .3, (1,2) by .7
+    loss = rrhf(scores, tensor([[0, 1, 2]]))
+    assert loss.item() == pytest.approx(0.3 + 0.7, abs=1e-12)
+    loss.backward()
+    assert scores.grad.tolist() == [[-1.0, -1.0, 2.0]]
+
+
+def test_rrhf_equals_the_authors_code(f64):
+    """Numbers of GanjinZero/RRHF train.py, RRHFTrainer.rrhf_loss, rewards .2 .1 .9 .5 .5."""
+    scores = f64([[-1.3, -0.4, -2.2, -0.9, -1.7]])
+    loss = rrhf(scores, tensor([[2, 3, 0, 1, 1]]))
+    assert loss.item() == pytest.approx(7.6, abs=1e-12)
+    loss.backward()
+    assert scores.grad.tolist() == [[1.0, 4.0, -4.0, 0.0, -1.0]]
+
+
+def test_margin_ranking_of_the_entry(f64):
+    gold_first = tensor([[0, 1]])
+    assert rrhf(f64([[1.0, 0.8]]), gold_first, margin=0.5).item() == pytest.approx(0.3, abs=1e-12)
+    assert rrhf(f64([[1.0, 0.45]]), gold_first, margin=0.5).item() == 0.0  # ahead by the margin
+    three = f64([[-1.0, -1.2, -1.75]])  # (.5 - .2) + 0, as the mean over the two pairs
+    loss = rrhf(three, tensor([[0, 1, 1]]), margin=0.5, denom=2)
+    assert loss.item() == pytest.approx(0.15, abs=1e-12)
+
+
+@pytest.mark.parametrize(("wrong", "push"), [(-2.375, 0.0), (-2.5, 0.0), (-2.625, -2.0), (-1.875, 1.0)])
+def test_rrhf_boundary_turns_the_push(f64, wrong, push):
+    """Right -1 and -2, boundary .5: B = -2.5; above it 0 until a pair is out of order, below it up."""
+    scores, rank = binary(f64, wrong)
+    rrhf(scores, rank, constraint="boundary", boundary=0.5).backward()
+    assert scores.grad[0, 2].item() == push
+    scores, rank = binary(f64, wrong)
+    rrhf(scores, rank, constraint="boundary", margin=0.5, boundary=0.5).backward()  # no dead zone: one point
+    near = {-2.375: 1.0, -2.5: 0.0, -2.625: -2.0, -1.875: 1.0}
+    assert scores.grad[0, 2].item() == near[wrong]
+
+
+def test_rrhf_detach_has_the_plain_value_and_moves_better_chains_only(f64):
+    scores, rank = binary(f64)
+    loss = rrhf(scores, rank, margin=0.7, constraint="detach")
+    assert loss.item() == rrhf(scores, rank, margin=0.7).item() == pytest.approx(0.2 + 1.2, abs=1e-12)
+    loss.backward()
+    assert scores.grad.tolist() == [[-1.0, -1.0, 0.0]]
+
+
+RANKED = [[-1.3, -0.4, -2.2, -0.9, -1.7], [-0.6, -3.1, -1.1, -2.4, -0.2], [-1.0, -1.9, -0.3, -0.8, -2.7]]
+RANKS = tensor([[2, 0, 3, 1, 1], [1, 1, 0, 2, 5], [0, 4, 4, 7, 1]])  # ties, gaps, any order
+VALID = tensor([[True] * 5, [True, True, True, True, False], [True, True, False, True, True]])
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+@pytest.mark.parametrize("margin", [0.0, 0.25])
+def test_rrhf_equals_the_loops(f64, constraint, margin):
+    ours, theirs = f64(RANKED), f64(RANKED)
+    loss = rrhf(ours, RANKS, VALID, margin=margin, constraint=constraint, boundary=0.35)
+    expected = rrhf_loop(theirs, RANKS, VALID, constraint, margin, 0.35).mean()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-12)
+
+
+@pytest.mark.errors
+def test_rrhf_refusals(f64):
+    scores, rank = binary(f64)
+    with pytest.raises(ValueError, match=r"rrhf: expected boundary >= margin, got 0\.15 < 0\.5"):
+        rrhf(scores, rank, margin=0.5, constraint="boundary")
+    with pytest.raises(ValueError, match=r"margin >= 0, got -0\.5"):
+        rrhf(scores, rank, margin=-0.5)
+    with pytest.raises(ValueError, match=r"boundary >= 0, got -0\.5"):
+        rrhf(scores, rank, boundary=-0.5)
+    with pytest.raises(ValueError, match="rrhf: expected constraint to be one of"):
+        rrhf(scores, rank, constraint="margin")
+    with pytest.raises(TypeError, match="rrhf: expected rank as an integer tensor"):
+        rrhf(scores, rank.float())
