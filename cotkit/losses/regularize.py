@@ -79,7 +79,7 @@ def adversarial(
         ValueError: shapes differ, also those of ``forward``'s result; ``eps <= 0``, ``sigma < 0``, ...
         TypeError: ``mask`` is not bool, ``steps`` no int.
 
-    Source: SMART (2019) arXiv:1911.03437 Eq. 2
+    Source: SMART (2019) arXiv:1911.03437 Alg. 1
     Source: Vega v1 (2023) arXiv:2302.09268 (adversarial fine-tuning, ``scale_invariant``)
     Basis: authors' code for the symmetric divergence and the direction of the ascent (equal numbers); the
         box and the constants from memory of the paper; Vega v1 reconstructed from the abstract.
