@@ -10,12 +10,12 @@ the model must also write: tags, answer markers, white space between, the end to
 a target).
 
 Functions: ``Format`` and ``FORMATS`` say how a chain is written; ``encode`` turns rows into tensors;
-``mask``, ``labels``, ``between`` pick tokens; ``corrupt`` masks the thought (MFT); ``token_logps``,
-``linear_logps``, ``model_logps`` score tokens; ``seq_logps``, ``grouped`` reduce them; ``entropy``, ``kl``,
-``kl_k2``, ``kl_k3`` compare.
+``mask``, ``labels``, ``between`` pick tokens; ``corrupt`` masks the thought (MFT), ``span_corrupt`` with
+``UL2_DENOISERS`` cuts spans out (UL2); ``token_logps``, ``linear_logps``, ``model_logps`` score tokens;
+``seq_logps``, ``grouped`` reduce them; ``entropy``, ``kl``, ``kl_k2``, ``kl_k3`` compare.
 """
 
-from cotkit.tokens._corrupt import corrupt
+from cotkit.tokens._corrupt import UL2_DENOISERS, corrupt, span_corrupt
 from cotkit.tokens._encode import ANSWER, PAD, PROMPT, SPECIAL, THOUGHT, TOOL
 from cotkit.tokens._format import FORMATS, Format, Parts
 from cotkit.tokens._logps import (
@@ -39,6 +39,7 @@ __all__ = [
     "SPECIAL",
     "THOUGHT",
     "TOOL",
+    "UL2_DENOISERS",
     "Format",
     "Parts",
     "between",
@@ -54,5 +55,6 @@ __all__ = [
     "mask",
     "model_logps",
     "seq_logps",
+    "span_corrupt",
     "token_logps",
 ]
