@@ -132,8 +132,8 @@ def span_corrupt(
     Source: UL2 (2022) arXiv:2205.05131 §3.1.2
     Basis: authors' code (T5's preprocessors, from which the paper builds its objective); the seven settings
         from a public seqio configuration that cites the paper's table.
-    Differs: $rL$ is not computed in float32 (one token more or fewer where it ends in .5: 190 * 0.15); no more
-        spans than kept tokens, so that two never touch; the S split is at the fixed ``rate``, where T5's
+    Differs: $rL$ is not computed in float32 (one token more or fewer where it ends in .5: 190 * 0.15); no
+        more spans than kept tokens, so that two never touch; the S split is at the fixed ``rate``, where T5's
         ``prefix_lm`` draws the length of the prefix uniformly.
 
     Example:
