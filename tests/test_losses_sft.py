@@ -5,7 +5,7 @@ import torch
 from torch import tensor
 from torch.nn.functional import cross_entropy, pad
 
-from cotkit.losses.sft import iw_sft, iw_weights, nll
+from cotkit.losses.sft import ift_inputs, ift_weights, iw_sft, iw_weights, multi_token, nll, poft
 
 T, F = True, False
 
@@ -284,7 +284,191 @@ def test_iw_sft_bandit_reaches_the_rl_optimum():
     assert left < 0.01
 
 
-# Properties that both losses share
+# poft
+
+
+def test_poft_hand_value_and_gradient(f64):
+    scores, ref = f64(-1.0, -0.25), f64(-1.5, -2.0)
+    loss = poft(scores, ref, beta=2.0, gamma=-0.3)  # 2 * .5 - .3 = .7 and 2 * 1.75 - .3 = 3.2
+    expected = (math.log1p(math.exp(-0.7)) + math.log1p(math.exp(-3.2))) / 2
+    assert loss.item() == pytest.approx(expected, abs=1e-12)
+    loss.backward()
+    slopes = [-2 / (1 + math.exp(0.7)) / 2, -2 / (1 + math.exp(3.2)) / 2]
+    assert scores.grad.tolist() == pytest.approx(slopes, abs=1e-12)
+    assert ref.grad is None
+
+
+def test_poft_averages_the_models_inside_the_sigmoid(f64):
+    scores, ref = f64(-1.0, -0.25), f64([[-1.5, -2.0], [-0.9, -0.1], [-4.2, -0.6]])
+    mean = f64(-2.2, -0.9)
+    assert poft(scores, ref).item() == pytest.approx(poft(scores, mean).item(), abs=1e-12)
+    outside = sum(poft(scores, one).item() for one in ref) / 3
+    assert poft(scores, ref).item() < outside - 0.05  # Jensen: the average of the losses is another number
+
+
+def test_poft_limits(f64):
+    assert poft(f64(-0.7), f64(-0.7)).item() == pytest.approx(math.log(2), abs=1e-12)
+    scores = f64(-1.0, -0.25)
+    loss = poft(scores, f64(1e4, 1e4))  # aligned models sure of every row: plain fine-tuning per row
+    loss.backward()
+    assert scores.grad.tolist() == [-0.5, -0.5]
+    assert loss.isfinite()
+    assert poft(f64(-1e4), f64(1e4)).item() == pytest.approx(2e4)  # log(sigmoid) would be -inf
+
+
+def test_poft_denom_and_no_rows(f64):
+    scores, ref = f64(-1.0, -0.25, -2.0), f64(-1.5, -2.0, -0.5)
+    whole = poft(scores, ref).item()
+    parts = [poft(scores[i : i + 1], ref[i : i + 1], denom=3).item() for i in range(3)]
+    assert sum(parts) == pytest.approx(whole, abs=1e-12)
+    empty = torch.zeros(0, dtype=torch.float64, requires_grad=True)
+    loss = poft(empty, torch.zeros(0, dtype=torch.float64))
+    loss.backward()
+    assert loss.item() == 0
+
+
+# ift_inputs
+
+
+def test_ift_inputs_by_hand(f64):
+    table = f64([[0.0, 1.0], [2.0, -1.0], [0.5, 3.0], [-4.0, 0.25]])
+    ids, greedy = tensor([[0, 1, 2, 3], [3, 2, 1, 0]]), tensor([[2, 3, 0, 1], [1, 0, 3, 2]])
+    mask = tensor([[F, T, F, T], [T, F, T, T]])
+    embeds = table[ids]
+    mixed = ift_inputs(embeds, table, greedy, mask, lam=0.25)
+    expected = embeds.detach().clone()
+    # position t takes a quarter of what was guessed at t - 1; position 0 has no guess
+    expected[0, 1] = tensor([0.75 * 2 + 0.25 * 0.5, 0.75 * -1 + 0.25 * 3])
+    expected[0, 3] = tensor([0.75 * -4 + 0.25 * 0, 0.75 * 0.25 + 0.25 * 1])
+    expected[1, 2] = tensor([0.75 * 2 + 0.25 * 0, 0.75 * -1 + 0.25 * 1])
+    expected[1, 3] = tensor([0.75 * 0 + 0.25 * -4, 0.75 * 1 + 0.25 * 0.25])
+    torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-12)
+    assert not mixed.requires_grad
+    default = ift_inputs(embeds, table, greedy, mask)[0, 1]
+    assert default.tolist() == pytest.approx([0.8 * 2 + 0.2 * 0.5, 0.8 * -1 + 0.2 * 3], abs=1e-12)
+
+
+def test_ift_inputs_limits(f64):
+    table = f64([[0.1, 1.3], [2.7, -1.9], [0.5, 3.1]])
+    ids, greedy = tensor([[0, 1, 2]]), tensor([[2, 0, 1]])
+    assert torch.equal(ift_inputs(table[ids], table, greedy, tensor([[F, T, T]]), lam=0.0), table[ids])
+    assert torch.equal(ift_inputs(table[ids], table, greedy, tensor([[F, F, F]])), table[ids])
+    assert torch.equal(
+        ift_inputs(table[ids], table, greedy, tensor([[F, T, T]]), lam=1.0), table[tensor([[0, 2, 0]])]
+    )
+
+
+# ift_weights
+
+
+def test_ift_weights_code_form_by_hand(f64):
+    losses, mask = f64([[9.0, 1.0, 3.0, 0.5, 9.0]]), tensor([[F, T, T, T, F]])
+    weights = ift_weights(losses, mask, gamma=0.5)
+    # still to come: .5; 3 + .25 = 3.25; 1 + 1.625 = 2.625; together 6.375
+    expected = [[0, 3 * 2.625 / 6.375, 3 * 3.25 / 6.375, 3 * 0.5 / 6.375, 0]]
+    torch.testing.assert_close(weights, tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
+    first = ift_weights(f64([[3.0, 0.0, 0.0]]), tensor([[T, T, T]]), gamma=0.5)
+    assert first.tolist() == [[3.0, 0.0, 0.0]]  # nothing to come: all weight on the first
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 0.95, 1.0])
+@pytest.mark.parametrize("width", [1, 2, 5, 8, 13])
+def test_ift_weights_equal_the_sums_they_stand_for(gamma, width):
+    generator = torch.Generator().manual_seed(width)
+    losses = torch.rand(2, width, generator=generator, dtype=torch.float64) + 0.01
+    mask = torch.rand(2, width, generator=generator) < 0.8
+    code = ift_weights(losses, mask, gamma=gamma)
+    paper = ift_weights(losses, mask, gamma=gamma, future=False)
+    for b in range(2):
+        own = [t for t in range(width) if mask[b, t]]
+        ahead = {t: sum(gamma ** (i - t) * losses[b, i].item() for i in own if i >= t) for t in own}
+        for t in range(width):
+            scale = len(own) / sum(ahead.values()) if own else 0
+            future = 1.0 if gamma == 0 else ahead.get(t, 0) * scale
+            assert code[b, t].item() == pytest.approx(future if t in own else 0, abs=1e-12)
+            before = sum(gamma ** (t - n) for n in own if n <= t)
+            assert paper[b, t].item() == pytest.approx(before if t in own else 0, abs=1e-12)
+    torch.testing.assert_close(code.sum(1), mask.sum(1).double(), rtol=0, atol=1e-12)
+
+
+def test_ift_weights_paper_form_for_three_tokens(f64):
+    weights = ift_weights(f64([[7.0, 1.0, 2.0, 3.0]]), tensor([[F, T, T, T]]), gamma=0.5, future=False)
+    assert weights.tolist() == [[0.0, 1.0, 1.5, 1.75]]
+    assert not weights.requires_grad
+
+
+def test_ift_without_residual_and_discount_is_plain_fine_tuning_per_row(f64):
+    logps, _, mask = rows(f64)
+    for future in (True, False):
+        loss = nll(logps, mask, weights=ift_weights(-logps, mask, gamma=0.0, future=future), per="sequence")
+        assert loss.item() == nll(logps, mask, per="sequence").item()
+
+
+def test_ift_weights_row_without_loss_or_tokens(f64):
+    losses = f64([[0.0, 0.0, 0.0], [0.0, 2.0, 1.0]])
+    mask = tensor([[F, T, T], [F, F, F]])
+    weights = ift_weights(losses, mask)
+    assert weights.tolist() == [[0.0, 1.0, 1.0], [0.0, 0.0, 0.0]]
+    weights.square().sum().backward()
+    assert not losses.grad.any()
+
+
+# multi_token
+
+
+def ahead(f64):
+    """Three heads over two rows; the zeros stand where a head has no target."""
+    logps = f64([[[0.0, -0.5, -1.25, -2.0], [0.0, 0.0, -0.75, -3.5]],
+                 [[0.0, 0.0, -1.5, -2.25], [0.0, 0.0, -0.1, -4.0]],
+                 [[0.0, 0.0, 0.0, -3.0], [0.0, 0.0, 0.0, -5.0]]])  # fmt: skip
+    return logps, logps.detach() != 0
+
+
+def test_multi_token_by_hand(f64):
+    logps, masks = ahead(f64)
+    loss = multi_token(logps, masks, alpha=0.3, decay=0.5)
+    # 8 / 5, 7.85 / 4, 8 / 2: each head over its own targets, decay once for the first
+    assert loss.item() == pytest.approx(1.6 + 0.3 * (0.5 * 7.85 / 4 + 0.25 * 4), abs=1e-12)
+    loss.backward()
+    slopes = [-1 / 5, -0.3 * 0.5 / 4, -0.3 * 0.25 / 2]
+    torch.testing.assert_close(
+        logps.grad, masks * tensor(slopes, dtype=torch.float64)[:, None, None], rtol=0, atol=1e-12
+    )
+    expected = 1.6 + 0.01 * (0.8 * 7.85 / 4 + 0.64 * 4)
+    assert multi_token(logps, masks).item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_multi_token_alpha_zero_or_one_head_is_plain_fine_tuning(f64):
+    logps, masks = ahead(f64)
+    plain = nll(logps[0], masks[0])
+    assert multi_token(logps, masks, alpha=0.0).item() == plain.item()
+    assert multi_token(logps[:1], masks[:1]).item() == plain.item()
+    (slope,) = torch.autograd.grad(multi_token(logps, masks, alpha=0.0), logps)
+    assert not slope[1:].any()
+
+
+def test_multi_token_head_without_target_adds_zero(f64):
+    logps, masks = ahead(f64)
+    masks[2] = False
+    loss = multi_token(logps, masks, alpha=0.3, decay=0.5)
+    assert loss.item() == pytest.approx(1.6 + 0.3 * 0.5 * 7.85 / 4, abs=1e-12)
+    loss.backward()
+    assert logps.grad.isfinite().all()
+    assert not logps.grad[2].any()
+    assert multi_token(logps, torch.zeros_like(masks)).item() == 0
+
+
+def test_multi_token_split_over_the_batch(f64):
+    logps, masks = ahead(f64)
+    whole, counts = multi_token(logps, masks, alpha=0.3), masks.sum((1, 2))
+    halves = [multi_token(logps[:, i : i + 1], masks[:, i : i + 1], alpha=0.3, denom=counts) for i in (0, 1)]
+    assert sum(halves).item() == pytest.approx(whole.item(), abs=1e-12)
+    one = multi_token(logps, masks, alpha=0.3, decay=0.5, denom=5)
+    assert one.item() == pytest.approx((8 + 0.3 * (0.5 * 7.85 + 0.25 * 8)) / 5, abs=1e-12)
+    assert multi_token(logps, masks, alpha=0.3, decay=0.5, denom=tensor(5)).item() == one.item()
+
+
+# Properties that the losses share
 
 
 def test_batch_split_with_denom_changes_nothing(f64):

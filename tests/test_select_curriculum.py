@@ -1,0 +1,77 @@
+import itertools
+import math
+
+import pytest
+
+from cotkit.select.curriculum import schedule
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("linear", 0.9 - 0.8 * 0.25),
+        ("cosine", 0.1 + 0.8 * (1 + math.sqrt(0.5)) / 2),
+        ("exponential", 0.9 * (1 / 9) ** 0.25),
+        ("inverse", 1 / (0.75 / 0.9 + 0.25 / 0.1)),
+        ("half-sine", 0.1 + 0.8 * math.sin(math.pi / 2 * 0.75)),
+    ],
+)
+def test_one_value_of_each_kind(kind, expected):
+    assert schedule(3, 12, 0.9, 0.1, kind=kind) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "exponential", "inverse", "half-sine"])
+@pytest.mark.parametrize(("start", "end"), [(0.9, 0.1), (0.2, 3.0), (0.4, 0.4)])
+def test_ends_order_and_stay(kind, start, end):
+    values = [schedule(s, 7, start, end, kind=kind) for s in range(9)]
+    assert all(type(v) is float for v in values)
+    assert values[0] == pytest.approx(start, abs=1e-12)
+    assert values[7:] == pytest.approx([end, end], abs=1e-12)
+    rising = 1 if end >= start else -1
+    assert all(rising * (b - a) >= -1e-12 for a, b in itertools.pairwise(values))
+
+
+def test_warm_up_and_hold_are_shares_of_the_run():
+    # of 20 steps: 4 rise from 0 to .6, 6 stay, 10 fall from .6 to .2
+    values = [schedule(s, 20, 0.6, 0.2, warmup=0.2, hold=0.3) for s in (0, 1, 3, 4, 9, 10, 15, 20, 25)]
+    assert values == pytest.approx([0, 0.15, 0.45, 0.6, 0.6, 0.6, 0.4, 0.2, 0.2], abs=1e-12)
+    assert schedule(4, 4, 0.6, 0.2, hold=1.0) == 0.2
+    assert schedule(3, 4, 0.6, 0.2, hold=1.0) == 0.6
+
+
+def test_caft_reversed_sine():
+    # the authors' coefficient: sin((S - s) / S * pi / 2)
+    for s in range(0, 11):
+        assert schedule(s, 10, 1.0, 0.0, kind="half-sine") == pytest.approx(
+            math.sin((10 - s) / 10 * math.pi / 2), abs=1e-12
+        )
+
+
+@pytest.mark.parametrize(("total", "p"), [(90, 0.4), (100, 0.15)])
+def test_masked_thought_warm_up(total, p):
+    for step in range(total + 1):  # the authors' line, the + 1 included
+        literal = min(p, p * step / (2 / 3 * total + 1))
+        assert schedule(step, 2 / 3 * total + 1, 0.0, p) == pytest.approx(literal, abs=1e-12)
+
+
+def test_uft_hint_probability():
+    for t in (0, 77, 300):  # .05 + .5 * .9 * (1 + cos(pi t / 300))
+        expected = 0.05 + 0.45 * (1 + math.cos(math.pi * t / 300))
+        assert schedule(t, 300, 0.95, 0.05, kind="cosine") == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.errors
+def test_refusals():
+    with pytest.raises(ValueError, match="schedule: expected kind to be one of"):
+        schedule(0, 1, 0.0, 1.0, kind="sine")
+    with pytest.raises(ValueError, match="total > 0"):
+        schedule(0, 0, 0.0, 1.0)
+    with pytest.raises(ValueError, match="step >= 0"):
+        schedule(-1, 3, 0.0, 1.0)
+    with pytest.raises(ValueError, match=r"warmup \+ hold in \[0, 1\], got 1.1"):
+        schedule(1, 3, 0.0, 1.0, warmup=0.6, hold=0.5)
+    for kind in ("exponential", "inverse"):
+        with pytest.raises(ValueError, match=r"end > 0, got 0\.0"):
+            schedule(1, 3, 1.0, 0.0, kind=kind)
+    with pytest.raises(ValueError, match="start finite"):
+        schedule(1, 3, math.inf, 1.0)
