@@ -38,6 +38,8 @@ def corrupt(
 
     Returns:
         The corrupted ids and ``noised`` [B, T], True where a token was drawn. No 1/(1 - rate) is applied.
+        Scoring clean inputs only (the paper's ablation) drops the label that *follows* a noised token: ``mask
+        & ~torch.nn.functional.pad(noised, (1, -1))``.
 
     Raises:
         ValueError: neither or both of ``mask_id`` and ``replacement``; a rate outside [0, 1].
@@ -45,7 +47,8 @@ def corrupt(
     Source: MFT (2024) arXiv:2403.02178 Eq. 1
     Basis: authors' code
     Differs: nothing; the rate's warm-up is the caller's (``min(p, p * step / (2/3 * total + 1))`` in the
-    code).
+        code). For scheduled sampling the ``replacement`` at t is the token sampled from the logits at t
+        - 1; the released code takes that of the logits at t + 1 (``models/modeling_llama.py``).
 
     Example:
         >>> ids = torch.tensor([[5, 6, 7]])
