@@ -1,5 +1,5 @@
 """A row in, a changed row out."""
 
-from cotkit.rewrite import pairs, structure
+from cotkit.rewrite import augment, pairs, structure
 
-__all__ = ["pairs", "structure"]
+__all__ = ["augment", "pairs", "structure"]
