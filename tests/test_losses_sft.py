@@ -1,11 +1,15 @@
+import copy
+import itertools
 import math
 
 import pytest
 import torch
 from torch import tensor
 from torch.nn.functional import cross_entropy, pad
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cotkit.losses.sft import ift_inputs, ift_weights, iw_sft, iw_weights, multi_token, nll, poft
+from cotkit.tokens import seq_logps
 
 T, F = True, False
 
@@ -150,6 +154,34 @@ def test_iw_weights_empty_row_weighs_one(f64):
     torch.testing.assert_close(weights, tensor([math.e, 1.0], dtype=torch.float64), rtol=0, atol=1e-12)
 
 
+def test_iw_weights_true_ratio_of_sequence_probabilities(f64):
+    q, ref = f64([[0.0, -1.0, -2.0 + 2 * math.log(2)]]), f64([[0.0, -1.0, -2.0]])
+    mask = tensor([[F, T, T]])  # log-ratios 0 and 2 ln 2: the sum, not the mean
+    assert iw_weights(q, ref, mask, length_scale=False).item() == pytest.approx(4.0, abs=1e-12)
+    sharp = iw_weights(q, ref, mask, length_scale=False, temperature=1.5)
+    assert sharp.item() == pytest.approx(8.0, abs=1e-12)
+    assert iw_weights(q, ref, mask, length_scale=False, clip=(0.0, 3.0)).item() == 3.0
+    by_token = [iw_weights(q, ref, mask, level="token", length_scale=scaled) for scaled in (True, False)]
+    assert torch.equal(*by_token)
+
+
+def test_iw_weights_average_to_one_over_the_reference_only_as_true_ratio(f64):
+    # every sequence of two tokens out of three, the second depending on the first
+    q = f64([[0.5, 0.2, 0.3], [0.1, 0.6, 0.3], [0.25, 0.35, 0.4], [0.7, 0.1, 0.2]]).log()
+    ref = f64([[0.3, 0.3, 0.4], [0.2, 0.5, 0.3], [0.45, 0.15, 0.4], [0.35, 0.4, 0.25]]).log()
+    pairs = [(i, j) for i in range(3) for j in range(3)]
+
+    def logps(p):
+        return torch.stack([torch.stack([p.new_zeros(()), p[0, i], p[1 + i, j]]) for i, j in pairs])
+
+    mask = tensor([[F, T, T]] * 9)
+    chance = logps(ref).sum(1).exp()
+    ratio = iw_weights(logps(q), logps(ref), mask, length_scale=False)
+    assert (chance * ratio).sum().item() == pytest.approx(1.0, abs=1e-12)
+    smoothed = iw_weights(logps(q), logps(ref), mask)
+    assert abs((chance * smoothed).sum().item() - 1) > 0.01
+
+
 # iw_sft
 
 
@@ -184,6 +216,8 @@ def test_iw_sft_options_reach_the_weights(f64):
     assert iw_sft(logps, ref, mask, q_logps=q).item() != pytest.approx(
         iw_sft(logps, ref, mask).item(), abs=1e-3
     )
+    expected = nll(logps, mask, weights=iw_weights(q, ref, mask, length_scale=False))
+    assert iw_sft(logps, ref, mask, q_logps=q, length_scale=False).item() == expected.item()
 
 
 def test_iw_sft_empty_mask(f64):
@@ -254,6 +288,64 @@ def test_iw_weights_equal_the_authors_control_numbers(f64, level, temperature, c
     assert nll(logps, mask, weights=weights, per="sequence").item() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize(("temperature", "expected"), [(10.0, 0.6342591543359603), (2.0, 0.6393667721556502)])
+def test_iw_weights_divided_by_their_sum_equal_the_authors_control_numbers(f64, temperature, expected):
+    # main.py: loss(..., normalize=True), which divides by the number of rows once more
+    logps = f64([[0.0, -1.1, -0.4, -2.3], [0.0, -0.7, -1.9, -0.2]])
+    q = f64([[0.0, -1.0, -0.6, -2.1], [0.0, -0.9, -1.5, -0.3]])
+    ref = f64([[0.0, -1.3, -0.9, -2.2], [0.0, -0.5, -1.8, -0.4]])
+    mask = tensor([[F, T, T, T], [F, T, T, F]])
+    w = iw_weights(q, ref, mask, temperature=temperature, clip=(0.0, 1000.0))
+    loss = nll(logps, mask, weights=w / w.sum() * len(w), per="sequence")
+    assert loss.item() / len(w) == pytest.approx(expected, rel=1e-12)
+    means = tensor([3.8 / 3, 2.6 / 2], dtype=torch.float64)
+    assert loss.item() == pytest.approx((w * means).sum().item() / w.sum().item(), rel=1e-12)
+
+
+def test_lagged_q_is_the_averaged_model_of_torch():
+    policy = torch.nn.Linear(2, 1).double()
+
+    def become(weight, bias):
+        with torch.no_grad():
+            policy.weight.copy_(tensor([weight])), policy.bias.copy_(tensor([bias]))
+
+    become([0.5, -1.25], 2.0)
+    lagged = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    lagged.update_parameters(policy)
+    for step in (([1.5, 0.75], -1.0), ([-0.4, 2.2], 0.3)):
+        become(*step)
+        lagged.update_parameters(policy)
+    # what the control code's ema_update(q, policy, 0.9) left after the same two steps
+    assert lagged.module.weight.tolist()[0] == pytest.approx([0.5, -0.725], abs=1e-7)  # set from float32
+    assert lagged.module.bias.item() == pytest.approx(1.56, abs=1e-7)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_q_between_the_reference_and_the_policy(decay):
+    policy = torch.nn.Linear(1, 3, bias=False).double()
+    arms, mask = tensor([0, 1]), tensor([[F, T]] * 2)
+
+    def logps(model):
+        return pad(model(torch.ones(1, dtype=torch.float64)).log_softmax(0)[arms][:, None], (1, 0))
+
+    ref = logps(policy).detach()
+    lagged = AveragedModel(policy, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    lagged.update_parameters(policy)
+    frozen = copy.deepcopy(lagged)
+    with torch.no_grad():
+        policy.weight += tensor([[0.7], [-0.4], [0.1]])
+    lagged.update_parameters(policy)
+    now = logps(policy)
+    loss, current = iw_sft(now, ref, mask, q_logps=logps(frozen)), iw_weights(now, ref, mask)
+    assert loss.item() == pytest.approx(nll(now, mask).item(), abs=1e-12)  # q still the reference
+    behind = iw_weights(logps(lagged), ref, mask)
+    if decay == 0:
+        assert torch.equal(behind, current)
+    else:  # the policy went up on arm 0 and down on arm 1, and q follows
+        assert 1 < behind[0] < current[0]
+        assert 1 > behind[1] > current[1]
+
+
 def bandit_gradient(left, temperature):
     """Gradient of the loss in the logits of a two-armed policy that pulls left with the given probability.
 
@@ -275,13 +367,27 @@ def test_iw_sft_bandit_fixed_point(temperature, fixed):
     assert bandit_gradient(fixed - 0.01, temperature)[0] < 0
 
 
+def descend(temperature, steps, left=0.5, rate=2.0):
+    """Gradient descent on the loss; returns the share of left pulls after every step."""
+    path = [left]
+    for _ in range(steps):
+        policy = torch.log(tensor([path[-1], 1 - path[-1]], dtype=torch.float64))
+        path.append((policy - rate * bandit_gradient(path[-1], temperature)).softmax(0)[0].item())
+    return path
+
+
+@pytest.mark.parametrize(("temperature", "left"), [(0.0, 1 / 3), (0.5, 0.2)])
+def test_iw_sft_bandit_by_gradient_descent(temperature, left):
+    assert descend(temperature, 60)[-1] == pytest.approx(left, abs=1e-9)
+    assert descend(temperature, 60, left=0.05)[-1] == pytest.approx(left, abs=1e-9)
+
+
 def test_iw_sft_bandit_reaches_the_rl_optimum():
-    left = 0.5
-    for _ in range(150):  # SFT stops at 1/3; here every step still lowers the worse arm
-        logits = torch.log(tensor([left, 1 - left], dtype=torch.float64)) - 2 * bandit_gradient(left, 1.0)
-        assert logits.softmax(0)[0] < left
-        left = logits.softmax(0)[0].item()
-    assert left < 0.01
+    path = descend(
+        1.0, 100, rate=20.0
+    )  # plain fine-tuning stops at 1/3; here every step still lowers the worse arm
+    assert all(b < a for a, b in itertools.pairwise(path))
+    assert path[-1] < 1e-3
 
 
 # poft
@@ -325,6 +431,19 @@ def test_poft_denom_and_no_rows(f64):
     loss = poft(empty, torch.zeros(0, dtype=torch.float64))
     loss.backward()
     assert loss.item() == 0
+
+
+def test_poft_equals_the_authors_numbers(f64):
+    # scripts/run_poft.py: compute_loss of its trainer on LOGITS and LABELS, stored scores -.375 and -1.875
+    logits, labels = f64(LOGITS), tensor(LABELS)
+    scores = seq_logps(unshifted(logits, labels), labels != -100, mean=True)
+    loss = poft(scores, f64(-0.375, -1.875))
+    assert loss.item() == pytest.approx(0.7714663396816671, rel=1e-12)
+    loss.backward()
+    row0 = [-0.08658089076014011, 0.012281591554358682, 0.07429929920578143]
+    row1 = [0.03317425900371652, 0.004961828112919948, -0.03813608711663646]
+    assert logits.grad[0, 0].tolist() == pytest.approx(row0, rel=1e-10)
+    assert logits.grad[1, 1].tolist() == pytest.approx(row1, rel=1e-10)
 
 
 # ift_inputs
@@ -413,6 +532,82 @@ def test_ift_weights_row_without_loss_or_tokens(f64):
     assert not losses.grad.any()
 
 
+# What the authors' trainer gave (src/trainers.py: get_batch_metrics, the branch of this method, run on a toy
+# policy; its external discounted sum replaced by the loop it stands for): lam, gamma, loss, two rows of dW.
+IFT = [
+    (0.25, 0.95, 1.8415077677620038,
+     [0.16586760751237137, -0.1451029758534156], [-0.17748795558260008, 0.1433573163637528]),
+    (0.375, 0.5, 1.9071458408821353,
+     [0.1586516041079814, -0.16282619084353747], [-0.20064112742030138, 0.1736174768046545]),
+    (0.0, 0.0, 1.585652012424203,
+     [0.10548360508686844, -0.06627465582541756], [-0.06530174783610468, 0.05578915581060081]),
+    (1.0, 1.0, 2.1286723019637694,
+     [0.20739710100371617, -0.21908574207915], [-0.22002836595320446, 0.16825498812165052]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("lam", "gamma", "expected", "row0", "row2"), IFT)
+def test_ift_equals_the_authors_numbers(f64, lam, gamma, expected, row0, row2):
+    table = f64([[0.4, -1.1], [1.3, 0.2], [-0.7, 0.9], [0.15, -0.35], [-1.6, 0.55]])
+    w = f64([[0.9, -0.3], [-1.2, 0.7], [0.25, 1.4], [0.6, -0.85], [-0.45, 0.1]])
+    ids = tensor([[0, 1, 2, 3, 4, 2], [3, 4, 1, 0, 0, 0]])
+    labels = tensor([[-100, -100, 2, 3, 4, 2], [-100, 4, 1, -100, -100, -100]])
+    mask = labels != -100
+
+    def policy(embeds):
+        return torch.tanh(embeds.cumsum(1)) @ w.T
+
+    greedy = policy(table[ids]).argmax(-1)
+    logps = unshifted(policy(ift_inputs(table[ids], table, greedy, mask, lam=lam)), labels)
+    loss = nll(logps, mask, weights=ift_weights(-logps, mask, gamma=gamma), per="sequence")
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    loss.backward()  # through the weights too, as in their code
+    assert w.grad[0].tolist() == pytest.approx(row0, rel=1e-10)
+    assert w.grad[2].tolist() == pytest.approx(row2, rel=1e-10)
+    assert table.grad is None  # the look-ups are frozen
+
+
+def test_ift_weights_can_be_constants(f64):
+    logps, _, mask = rows(f64)
+    weights = ift_weights(-logps.detach(), mask, gamma=0.5)
+    nll(logps, mask, weights=weights, per="sequence").backward()
+    expected = -weights * mask / mask.sum(1, keepdim=True) / 2
+    torch.testing.assert_close(logps.grad, expected, rtol=0, atol=1e-12)
+
+
+def test_ift_in_the_training_loop():
+    from cotkit import lab
+
+    model, tokenizer = lab.load("tiny")
+    chains, settings = lab.rows("word_problem", "train", n=2), {"steps": 1, "batch": 2, "unit": "sequence"}
+    before = copy.deepcopy(model.state_dict())
+
+    def first_loss(lam, gamma):
+        def prepare(batch, _):
+            with torch.no_grad():
+                inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+                greedy = model(**inputs).logits.argmax(-1)
+            embedding = model.get_input_embeddings()
+            gold = embedding(batch["input_ids"])
+            return {
+                **batch, "inputs_embeds": ift_inputs(gold, embedding.weight, greedy, batch["mask"], lam=lam)
+            }  # fmt: skip
+
+        def loss(logps, batch, denom):
+            weights = ift_weights(-logps, batch["mask"], gamma=gamma)
+            return nll(logps, batch["mask"], weights=weights, per="sequence", denom=denom)
+
+        model.load_state_dict(before)
+        return lab.fit(model, tokenizer, chains, loss, prepare=prepare, **settings)["loss"][0]
+
+    own = lab.fit(
+        model, tokenizer, chains,
+        lambda logps, batch, denom: nll(logps, batch["mask"], per="sequence", denom=denom), **settings,
+    )["loss"][0]  # fmt: skip
+    assert first_loss(0.0, 0.0) == pytest.approx(own, rel=1e-5)
+    assert first_loss(0.9, 0.95) > 1.01 * own
+
+
 # multi_token
 
 
@@ -447,6 +642,41 @@ def test_multi_token_alpha_zero_or_one_head_is_plain_fine_tuning(f64):
     assert not slope[1:].any()
 
 
+# What the authors' code gave (caft/core.py: add_caft_loss on fixed logits of three heads): alpha, decay,
+# factor of the schedule, loss, its gradient at [0, 0, 0], [1, 1, 1] and [2, 0, 1] of the logits.
+CAFT = [
+    (0.01, 0.8, 1.0, 1.3941050855362833,
+     [0.06514449977268416, 0.008833999671159415, -0.16324335681499996, 0.08926485737115641],
+     [0.00023131428100492082, 0.0006511742748458494, 2.399336442141703e-05, -0.0009064819202721876],
+     [7.616653456178666e-05, 0.0005483546160515928, 0.0014537797780669393, -0.0020783009286803188]),
+    (0.3, 0.5, math.sin(0.7 * math.pi / 2), 1.8044776284863286,
+     [0.06514449977268416, 0.008833999671159415, -0.16324335681499996, 0.08926485737115641],
+     [0.00386442250337486, 0.010878759886336523, 0.00040084207943834316, -0.01514402446914973],
+     [0.0007952915533520005, 0.005725635239891913, 0.01517961641004797, -0.021700543203291883]),
+    (0.3, 0.5, 0.0, 1.359091917934211,
+     [0.06514449977268416, 0.008833999671159415, -0.16324335681499996, 0.08926485737115641],
+     [0.0] * 4, [0.0] * 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("alpha", "decay", "factor", "expected", "own", "first", "second"), CAFT)
+def test_multi_token_equals_the_authors_numbers(alpha, decay, factor, expected, own, first, second):
+    places = itertools.product(range(3), range(2), range(5), range(4))
+    values = [round(math.sin(1 + 7 * h + 3 * b + 1.7 * t + 2.3 * v) * 2, 3) for h, b, t, v in places]
+    logits = tensor(values, dtype=torch.float64).reshape(3, 2, 5, 4).requires_grad_()
+    labels = tensor([[-100, 2, 0, 1, 3], [-100, -100, 1, 3, -100]])
+    logps, masks = [], []
+    for i in range(3):  # head i reads position t - 1 - i for label t
+        found = logits[i].log_softmax(-1).roll(1 + i, 1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        masks.append((labels != -100) & (torch.arange(5) > i))
+        logps.append(torch.where(masks[i], found, 0.0))
+    loss = multi_token(torch.stack(logps), torch.stack(masks), alpha=alpha * factor, decay=decay)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    loss.backward()
+    for (h, b, t), slope in {(0, 0, 0): own, (1, 1, 1): first, (2, 0, 1): second}.items():
+        assert logits.grad[h, b, t].tolist() == pytest.approx(slope, rel=1e-10)
+
+
 def test_multi_token_head_without_target_adds_zero(f64):
     logps, masks = ahead(f64)
     masks[2] = False
@@ -471,13 +701,18 @@ def test_multi_token_split_over_the_batch(f64):
 # Properties that the losses share
 
 
+def ift(logps, mask, denom=None):
+    return nll(logps, mask, weights=ift_weights(-logps, mask), per="sequence", denom=denom)
+
+
 def test_batch_split_with_denom_changes_nothing(f64):
     logps, ref, mask = rows(f64)
-    whole = [nll(logps, mask), nll(logps, mask, per="sequence"), iw_sft(logps, ref, mask)]
+    whole = [nll(logps, mask), nll(logps, mask, per="sequence"), iw_sft(logps, ref, mask), ift(logps, mask)]
     halves = [
         sum(nll(logps[i : i + 1], mask[i : i + 1], denom=5) for i in (0, 1)),
         sum(nll(logps[i : i + 1], mask[i : i + 1], per="sequence", denom=2) for i in (0, 1)),
         sum(iw_sft(logps[i : i + 1], ref[i : i + 1], mask[i : i + 1], denom=5) for i in (0, 1)),
+        sum(ift(logps[i : i + 1], mask[i : i + 1], denom=2) for i in (0, 1)),
     ]
     for a, b in zip(whole, halves, strict=True):
         assert a.item() == pytest.approx(b.item(), abs=1e-12)
@@ -489,6 +724,13 @@ def test_padding_on_either_side_changes_nothing(f64, left):
     wide = [pad(x, (left, 3 - left)) for x in (logps, ref, mask)]
     assert nll(wide[0], wide[2], per="sequence").item() == nll(logps, mask, per="sequence").item()
     assert iw_sft(*wide).item() == pytest.approx(iw_sft(logps, ref, mask).item(), abs=1e-12)
+    assert ift(wide[0], wide[2]).item() == pytest.approx(ift(logps, mask).item(), abs=1e-12)
+    late = nll(wide[0], wide[2], weights=ift_weights(-wide[0], wide[2], future=False)).item()
+    expected = nll(logps, mask, weights=ift_weights(-logps, mask, future=False)).item()
+    assert late == pytest.approx(expected, abs=1e-12)
+    logps, masks = ahead(f64)
+    wide = [pad(x, (left, 3 - left)) for x in (logps, masks)]
+    assert multi_token(*wide).item() == pytest.approx(multi_token(logps, masks).item(), abs=1e-12)
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -499,7 +741,14 @@ def test_low_precision_agrees_with_float64(dtype, rtol, level):
     ref = (logps + 0.2 * torch.randn(4, 300, generator=generator, dtype=torch.float64)).clamp(max=0)
     mask = torch.rand(4, 300, generator=generator) < 0.7
     mask[:, 0] = False
-    for run in (lambda p, _: nll(p, mask, per="sequence"), lambda p, r: iw_sft(p, r, mask, level=level)):
+    three = torch.stack([mask, mask.roll(1, 1), mask.roll(2, 1)])
+    for run in (
+        lambda p, _: nll(p, mask, per="sequence"),
+        lambda p, r: iw_sft(p, r, mask, level=level),
+        lambda p, _: ift(p, mask),
+        lambda p, r: poft(seq_logps(p, mask, mean=True), seq_logps(r - 0.5, mask, mean=True)),
+        lambda p, r: multi_token(torch.stack([p, r, p]), three),
+    ):
         low = run(logps.to(dtype), ref.to(dtype))
         assert low.dtype == dtype
         torch.testing.assert_close(low.double(), run(logps, ref), rtol=rtol, atol=0)
@@ -529,3 +778,41 @@ def test_refusals(f64):
         iw_sft(logps, ref[:, 1:], mask)
     with pytest.raises(ValueError, match=r"iw_weights: expected equal shapes, got q_logps \[2, 3\]"):
         iw_sft(logps, ref, mask, q_logps=ref[:, 1:])
+    with pytest.raises(ValueError, match=r"poft: expected equal shapes, got scores \[2\], ref_scores \[3\]"):
+        poft(f64(-1.0, -2.0), f64(-1.0, -2.0, -3.0))
+    with pytest.raises(ValueError, match=r"poft: expected scores \[B\], got \[2, 4\]"):
+        poft(logps, ref)
+    with pytest.raises(ValueError, match="beta > 0"):
+        poft(f64(-1.0), f64(-2.0), beta=0.0)
+    with pytest.raises(ValueError, match="poft: expected denom > 0"):
+        poft(f64(-1.0), f64(-2.0), denom=0)
+    with pytest.raises(TypeError, match="gamma as a number"):
+        poft(f64(-1.0), f64(-2.0), gamma=None)
+    table, ids = f64([[0.5, 1.0], [2.0, -1.0]]), tensor([[0, 1, 1, 0], [1, 0, 0, 1]])
+    with pytest.raises(ValueError, match=r"ift_inputs: expected one B, T and one D, got embeds \[2, 3, 2\]"):
+        ift_inputs(table[ids[:, 1:]], table, ids, mask)
+    with pytest.raises(ValueError, match=r"embedding \[2, 1\]"):
+        ift_inputs(table[ids], table[:, :1], ids, mask)
+    with pytest.raises(ValueError, match=r"greedy_ids \[2, 3\], mask \[2, 4\]"):
+        ift_inputs(table[ids], table, ids[:, 1:], mask)
+    with pytest.raises(TypeError, match="greedy_ids as an integer tensor"):
+        ift_inputs(table[ids], table, logps, mask)
+    with pytest.raises(ValueError, match=r"lam in \[0, 1\], got 1.5"):
+        ift_inputs(table[ids], table, ids, mask, lam=1.5)
+    with pytest.raises(TypeError, match="ift_weights: expected mask as a bool"):
+        ift_weights(-logps, mask.float())
+    with pytest.raises(ValueError, match=r"gamma in \[0, 1\], got -0.5"):
+        ift_weights(-logps, mask, gamma=-0.5)
+    with pytest.raises(ValueError, match=r"got token_nll \[2, 3\], mask \[2, 4\]"):
+        ift_weights(-logps[:, 1:], mask)
+    heads, masks = ahead(f64)
+    with pytest.raises(ValueError, match="one denom or one each, got 3 heads and 2 counts"):
+        multi_token(heads, masks, denom=tensor([5, 4]))
+    with pytest.raises(ValueError, match="got 0 heads"):
+        multi_token(heads[:0], masks[:0])
+    with pytest.raises(ValueError, match=r"multi_token: expected logps \[H, B, T\], got \[2, 4\]"):
+        multi_token(heads[0], masks)
+    with pytest.raises(ValueError, match="alpha >= 0"):
+        multi_token(heads, masks, alpha=-0.1)
+    with pytest.raises(ValueError, match="decay >= 0"):
+        multi_token(heads, masks, decay=-0.1)

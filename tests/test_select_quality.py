@@ -29,6 +29,20 @@ def test_a_score_at_the_cut_off_is_in():
     assert strata([1.0, 2.0], percentiles=(0, 100)) == [0, 1, 1]
 
 
+def test_strata_equal_the_authors_numbers():
+    # main.py: filter_data_func over buffer.py's filter_dataset, cut-offs as main.py takes them
+    scores = [
+        5.139, 2.238, 5.427, 0.697, 1.537, 2.255, 2.855, 1.631, 2.308, 2.136, 4.435, 1.416, 0.066, 2.661,
+        6.65, 0.406, 4.532, 4.374, 0.763, 0.194, 3.813, 3.751, 0.646, 0.423, 1.091, 1.163, 0.331, 1.407,
+        0.757, 2.218, 1.631, 2.283, 0.975, 1.241, 0.822, 0.284, 0.324, 2.338, 2.796, 1.839, 2.242, 0.93,
+        1.296, 1.74, 0.57, 3.121, 2.343,
+    ]  # fmt: skip
+    assert strata(scores) == [0, 2, 10, 14, 16, 0, 2, 14, 14]
+    half = [0, 1, 2, 5, 6, 7, 8, 9, 10, 13, 14, 16, 17, 20, 21, 29, 30, 31, 37, 38, 39, 40, 43, 45, 46]
+    quarter = [0, 2, 6, 10, 13, 14, 16, 17, 20, 21, 38, 45]
+    assert strata(scores, percentiles=(50, 75)) == half + quarter
+
+
 @pytest.mark.errors
 def test_refusals():
     with pytest.raises(ValueError, match="strata: expected one finite score per row"):

@@ -235,7 +235,8 @@ def poft(
 
     Source: PoFT (2024) arXiv:2412.12865
     Basis: second-hand: the paper's equation from a detailed summary; equal to the authors' code.
-    Differs: ``logsigmoid`` in place of log(sigmoid), which underflows.
+    Differs: ``logsigmoid`` in place of log(sigmoid), which underflows. Which tokens a score counts is the
+        caller's mask: the released trainer counts the prompt's too, its stored scores the replies' only.
 
     Example:
         >>> from torch import tensor
