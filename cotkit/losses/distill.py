@@ -88,16 +88,16 @@ def kl(
 
 
 def mixed_label(
-    logits: Float[Tensor, "N C"],
+    logits: Float[Tensor, "N V"],
     labels: Int[Tensor, "N"],
-    q: Float[Tensor, "N C"],
+    q: Float[Tensor, "N V"],
     *,
     alpha: float | Float[Tensor, "N"],
     denom: Denom = None,
 ) -> Loss:
     r"""Cross-entropy against the label mixed with a second distribution.
 
-    $-\frac1N \sum_n \sum_c \big[(1 - \alpha)\,1_{c = y} + \alpha\, q_c\big] \log \mathrm{softmax}(z)_c$
+    $-\frac1N \sum_n \sum_v \big[(1 - \alpha)\,1_{v = y} + \alpha\, q_v\big] \log \mathrm{softmax}(z)_v$
     with q held fixed.
 
     q says where the softness comes from: uniform is label smoothing, a teacher's probabilities (alpha = 1)
@@ -105,10 +105,10 @@ def mixed_label(
     ``q = (logits / temperature).softmax(-1)``.
 
     Args:
-        logits: one row per decision, [N, C]; gradient flows. For tokens take the label positions, shifted
-            once: ``logits[:, :-1][mask[:, 1:]]`` with ``input_ids[:, 1:][mask[:, 1:]]``.
+        logits: one row per decision, V classes or words, [N, V]; gradient flows. For tokens take the label
+            positions, shifted once: ``logits[:, :-1][mask[:, 1:]]`` with ``input_ids[:, 1:][mask[:, 1:]]``.
         labels: class of each row, [N]; -100: the row is left out.
-        q: probabilities, [N, C]; detached.
+        q: probabilities, [N, V]; detached.
         alpha: share of q in [0, 1], one number or one per row [N].
         denom: rows of the whole accumulated batch. None: those of this call whose label is not -100.
 
@@ -128,7 +128,7 @@ def mixed_label(
         >>> mixed_label(tensor([[1.0, 0.0]]), tensor([1]), tensor([[0.5, 0.5]]), alpha=0.5)  # 1.3133 - 1/4
         tensor(1.0633)
     """
-    _check.ndim("mixed_label", "N C", logits=logits)
+    _check.ndim("mixed_label", "N V", logits=logits)
     _check.ndim("mixed_label", "N", labels=labels)
     _check.same_shape("mixed_label", logits=logits, q=q)
     _check.floating("mixed_label", logits=logits, q=q)
@@ -136,17 +136,19 @@ def mixed_label(
     check_denom("mixed_label", denom)
     if labels.shape != logits.shape[:1]:
         raise ValueError(
-            f"mixed_label: expected labels [N] for logits [N, C], got {list(labels.shape)} for "
+            f"mixed_label: expected labels [N] for logits [N, V], got {list(labels.shape)} for "
             f"{list(logits.shape)}. For tokens pass the label positions only, shifted once."
         )
     kept = labels != _IGNORED
+    share = _share(alpha, kept)
+    _check_targets(labels, q, kept)
     wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    logp, target, share = wide[kept].log_softmax(-1), q.detach()[kept], _share(alpha, kept)
-    _check_targets(labels[kept], target)
-    gold = logp.gather(-1, labels[kept][:, None])[:, 0]
+    logp = torch.where(kept[:, None], wide, 0.0).log_softmax(-1)
+    gold = logp.gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+    target = torch.where(kept[:, None], q.detach(), 0.0)
     soft = torch.where(target == 0, 0.0, target * logp).sum(-1)  # 0 * -inf
-    losses = -((1 - share) * gold + share * soft)
-    return losses.sum() / (max(len(losses), 1) if denom is None else denom)
+    losses = torch.where(kept, -((1 - share) * gold + share * soft), 0.0)
+    return losses.sum() / (kept.sum().clamp(min=1) if denom is None else denom)
 
 
 def _share(alpha: float | Tensor, kept: Tensor) -> float | Tensor:
@@ -160,12 +162,13 @@ def _share(alpha: float | Tensor, kept: Tensor) -> float | Tensor:
         )
     if alpha.device.type == "cpu" and not bool(((alpha >= 0) & (alpha <= 1)).all()):
         raise ValueError(f"mixed_label: expected alpha in [0, 1], got {alpha.tolist()}. It is a share.")
-    return alpha.detach()[kept]
+    return alpha.detach()
 
 
-def _check_targets(labels: Tensor, q: Tensor) -> None:
-    if labels.device.type != "cpu" or labels.numel() == 0:
+def _check_targets(labels: Tensor, q: Tensor, kept: Tensor) -> None:
+    if labels.device.type != "cpu" or not bool(kept.any()):
         return
+    labels, q = labels[kept], q.detach()[kept]
     if not bool(((labels >= 0) & (labels < q.shape[1])).all()):
         raise ValueError(
             f"mixed_label: expected labels in [0, {q.shape[1]}), got {labels.tolist()}. "
