@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+from cotkit import tokens
 from cotkit.lab._show import microscope, plot, plot_arms, plot_scores, show_segments
+from cotkit.losses.sft import nll
 
 ROW = {"prompt": "2+3?", "completion": "<think>\n2+3=5\n5*2=10\n</think>\n10"}
 
@@ -195,3 +197,19 @@ def test_refusals(model, tokenizer):
         plot_arms({"a": []}, y="accuracy", title="None")
     with pytest.raises(ValueError, match="expected scores, right"):
         plot_scores({"a": ([1.0], [True, False])}, title="No")
+
+
+def test_microscope_reads_a_prepared_batch_and_shows_the_labels(model, tokenizer):
+    def prepare(batch, step):
+        assert step == 0
+        ids, _ = tokens.corrupt(batch["input_ids"], batch["labels"] != -100, 1.0, mask_id=3)
+        return {**batch, "input_ids": ids}
+
+    def loss(logps, batch, denom):
+        return nll(logps, batch["mask"], denom=denom)
+
+    plain = microscope(loss, model, tokenizer, ROW).table
+    masked = microscope(loss, model, tokenizer, ROW, prepare=prepare).table
+    assert list(plain.token) == list(masked.token)
+    assert plain.logp[0] == pytest.approx(masked.logp[0], abs=1e-5)  # it is read from the prompt alone
+    assert (plain.logp[1:] - masked.logp[1:]).abs().max() > 1e-3

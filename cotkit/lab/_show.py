@@ -111,6 +111,7 @@ def microscope(
     *,
     fmt: Format | str = "think",
     columns: Sequence[str] = (),
+    prepare: Callable[[dict[str, Tensor], int], dict[str, Tensor]] | None = None,
 ) -> Shown:
     r"""Colour every token by the push a loss gives it: blue = made likelier, orange = made less likely.
 
@@ -125,6 +126,8 @@ def microscope(
         rows: one row, or all rows of a group.
         fmt: how a thought and its answer are written; rows that do not follow it are kept.
         columns: numbers of the rows that the losses read from ``batch``, e.g. ``("group", "rank", "gold")``.
+        prepare: changes the encoded batch before the forward pass, as in ``fit`` (its step is 0): what masked
+            thought reads, say. The tokens shown stay the labels.
 
     Returns:
         Per row a table with one line per loss. ``table`` has a line per loss, row and token with a label:
@@ -161,9 +164,12 @@ def microscope(
             raise ValueError(f"microscope: expected column {name!r} in every row, got none in some.")
         batch[name] = torch.tensor([row[name] for row in chosen])
     device = next(model.parameters()).device
-    batch = {name: value.to(device) for name, value in batch.items()}
     training = model.training
     model.eval()
+    if prepare is not None:
+        shown = dict(batch)
+        batch = prepare(batch, 0)
+    batch = {name: value.to(device) for name, value in batch.items()}
     logps = model_logps(model, batch).detach().float()
     model.train(training)
     records = []
@@ -172,7 +178,7 @@ def microscope(
         (slope,) = torch.autograd.grad(loss(leaf, batch, None), leaf, allow_unused=True)
         push = torch.zeros_like(leaf) if slope is None else -slope
         for i in range(len(chosen)):
-            for token in _tokens(batch, i, tokenizer):
+            for token in _tokens(batch if prepare is None else shown, i, tokenizer):
                 if token.pop("target"):
                     at = token["position"]
                     token |= {"logp": float(logps[i, at]), "push": float(push[i, at])}
