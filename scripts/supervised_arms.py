@@ -146,8 +146,8 @@ def with_reference(arm: str, base: int, rows: list[dict], model: Any, tokenizer:
 def ift_prepare(model: Any, lam: float) -> Callable:
     """IFT's inputs: embeddings mixed with those of the model's own greedy tokens.
 
-    The embeddings are the model's own, with gradient: its head is tied to them, and a frozen copy (as in the
-    released code, where nothing is tied) would drift away from what the model reads when it writes.
+    The table is the model's of this step. The released code has a frozen copy, which here, where the head is
+    tied to the embeddings, would drift away from what the model reads when it writes.
     """
 
     def prepare(batch: dict, _: int) -> dict:
