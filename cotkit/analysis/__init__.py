@@ -1,5 +1,5 @@
-"""A model or its traces in, numbers out: `faithful` asks what a chain of thought really hangs on."""
+"""A model or its traces in, numbers out: `dynamics` of a training step, `faithful` what a chain hangs on."""
 
-from cotkit.analysis import faithful
+from cotkit.analysis import dynamics, faithful
 
-__all__ = ["faithful"]
+__all__ = ["dynamics", "faithful"]
