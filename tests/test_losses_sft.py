@@ -575,39 +575,6 @@ def test_ift_weights_can_be_constants(f64):
     torch.testing.assert_close(logps.grad, expected, rtol=0, atol=1e-12)
 
 
-def test_ift_in_the_training_loop():
-    from cotkit import lab
-
-    model, tokenizer = lab.load("tiny")
-    chains, settings = lab.rows("word_problem", "train", n=2), {"steps": 1, "batch": 2, "unit": "sequence"}
-    before = copy.deepcopy(model.state_dict())
-
-    def first_loss(lam, gamma):
-        def prepare(batch, _):
-            with torch.no_grad():
-                inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
-                greedy = model(**inputs).logits.argmax(-1)
-            embedding = model.get_input_embeddings()
-            gold = embedding(batch["input_ids"])
-            return {
-                **batch, "inputs_embeds": ift_inputs(gold, embedding.weight, greedy, batch["mask"], lam=lam)
-            }  # fmt: skip
-
-        def loss(logps, batch, denom):
-            weights = ift_weights(-logps, batch["mask"], gamma=gamma)
-            return nll(logps, batch["mask"], weights=weights, per="sequence", denom=denom)
-
-        model.load_state_dict(before)
-        return lab.fit(model, tokenizer, chains, loss, prepare=prepare, **settings)["loss"][0]
-
-    own = lab.fit(
-        model, tokenizer, chains,
-        lambda logps, batch, denom: nll(logps, batch["mask"], per="sequence", denom=denom), **settings,
-    )["loss"][0]  # fmt: skip
-    assert first_loss(0.0, 0.0) == pytest.approx(own, rel=1e-5)
-    assert first_loss(0.9, 0.95) > 1.01 * own
-
-
 # multi_token
 
 
@@ -752,6 +719,42 @@ def test_low_precision_agrees_with_float64(dtype, rtol, level):
         low = run(logps.to(dtype), ref.to(dtype))
         assert low.dtype == dtype
         torch.testing.assert_close(low.double(), run(logps, ref), rtol=rtol, atol=0)
+
+
+# In the training loop
+
+
+def test_ift_in_the_training_loop():
+    from cotkit import lab
+
+    model, tokenizer = lab.load("tiny")
+    chains, settings = lab.rows("word_problem", "train", n=2), {"steps": 1, "batch": 2, "unit": "sequence"}
+    before = copy.deepcopy(model.state_dict())
+
+    def first_loss(lam, gamma):
+        def prepare(batch, _):
+            with torch.no_grad():
+                inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+                greedy = model(**inputs).logits.argmax(-1)
+            embedding = model.get_input_embeddings()
+            gold = embedding(batch["input_ids"])
+            return {
+                **batch, "inputs_embeds": ift_inputs(gold, embedding.weight, greedy, batch["mask"], lam=lam)
+            }  # fmt: skip
+
+        def loss(logps, batch, denom):
+            weights = ift_weights(-logps, batch["mask"], gamma=gamma)
+            return nll(logps, batch["mask"], weights=weights, per="sequence", denom=denom)
+
+        model.load_state_dict(before)
+        return lab.fit(model, tokenizer, chains, loss, prepare=prepare, **settings)["loss"][0]
+
+    own = lab.fit(
+        model, tokenizer, chains,
+        lambda logps, batch, denom: nll(logps, batch["mask"], per="sequence", denom=denom), **settings,
+    )["loss"][0]  # fmt: skip
+    assert first_loss(0.0, 0.0) == pytest.approx(own, rel=1e-5)
+    assert first_loss(0.9, 0.95) > 1.01 * own
 
 
 # Refusals

@@ -368,10 +368,9 @@ def ift_weights(
 
 def _discounted(values: Tensor, gamma: float) -> Tensor:
     """Sum over i >= t of gamma^(i-t) values[:, i], by doubling the span: log2(T) steps."""
-    length, span = values.shape[1], 1
-    while span < length:
+    for k in range((values.shape[1] - 1).bit_length()):
+        span = 1 << k
         values = values + gamma**span * pad(values[:, span:], (0, span))
-        span *= 2
     return values
 
 
