@@ -177,6 +177,15 @@ def test_mixed_label_over_tokens_is_the_cross_entropy_of_the_shifted_labels():
     assert loss.item() == pytest.approx(-logps[mask].mean().item(), abs=1e-12)
 
 
+def test_mixed_label_impossible_class(f64):
+    logits = f64([[1.0, 0.0, -math.inf]])
+    loss = mixed_label(logits, tensor([0]), tensor([[0.25, 0.75, 0.0]]).double(), alpha=0.5)
+    two = mixed_label(logits[:, :2], tensor([0]), tensor([[0.25, 0.75]]).double(), alpha=0.5)
+    assert loss.item() == pytest.approx(two.item(), abs=1e-12)
+    loss.backward()
+    assert logits.grad.isfinite().all()
+
+
 def test_mixed_label_nothing_counts(f64):
     logits = f64([[1.0, math.inf], [0.0, 2.0]])
     loss = mixed_label(logits, tensor([-100, -100]), tensor([[0.5, 0.5]] * 2).double(), alpha=0.5)

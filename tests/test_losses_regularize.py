@@ -106,7 +106,7 @@ def test_adversarial_climbs_to_the_worst_side(f64):
 
 
 @pytest.mark.parametrize(
-    ("eps", "sigma", "eta", "steps"), [(0.1, 0.01, 1.0, 1), (0.05, 9.0, 0.01, 2), (0.2, 9.0, 0.0, 0)]
+    ("eps", "sigma", "eta", "steps"), [(0.1, 0.01, 1.0, 1), (0.05, 9.0, 0.01, 3), (0.2, 9.0, 0.0, 0)]
 )
 def test_adversarial_stays_in_the_box(eps, sigma, eta, steps):
     head, embeds, mask = inputs()
@@ -118,9 +118,27 @@ def test_adversarial_stays_in_the_box(eps, sigma, eta, steps):
 
     adversarial(forward, embeds, causal(head)(embeds), mask, eps=eps, sigma=sigma, eta=eta, steps=steps)
     assert len(seen) == steps + 1
+    assert all(
+        (x - embeds).abs().max() <= eps + 1e-12 for x in seen[1:]
+    )  # after every step, not only at the end
     delta = seen[-1] - embeds
     assert delta.abs().max().item() == pytest.approx(eps, abs=1e-12)
     assert delta[0, 3].abs().max() <= eps + 1e-12  # behind the last label: no gradient, noise only
+
+
+def test_adversarial_step_is_as_long_at_every_token():
+    head, embeds, mask = inputs()
+    seen = []
+
+    def forward(x):
+        seen.append(x.detach())
+        return causal(head)(x)
+
+    adversarial(forward, embeds, causal(head)(embeds), mask, eps=9.0, sigma=1e-6, eta=0.25)
+    moved = (seen[1] - seen[0]).abs().amax(-1)
+    # row 0: labels 1 and 3 hang on tokens 0 to 2; row 1: labels 2 and 3 likewise; the last token on nothing
+    expected = tensor([[0.25, 0.25, 0.25, 0.0]] * 2, dtype=torch.float64)
+    torch.testing.assert_close(moved, expected, rtol=0, atol=1e-9)
 
 
 def test_adversarial_ascent_of_the_authors():
@@ -195,7 +213,8 @@ def test_adversarial_split_and_padding():
     assert found.item() == pytest.approx(expected.item(), abs=1e-12)
 
 
-def test_adversarial_gradient_through_both_branches():
+@pytest.mark.parametrize("scale_invariant", [False, True])
+def test_adversarial_gradient_through_both_branches(scale_invariant):
     head, embeds, mask = inputs()
     logits = causal(head)(embeds)
     seen = []
@@ -204,7 +223,8 @@ def test_adversarial_gradient_through_both_branches():
         seen.append(x.detach())
         return causal(head)(x)
 
-    loss = adversarial(forward, embeds, logits, mask, eps=0.2, sigma=0.1, eta=0.1, generator=gen())
+    settings = {"eps": 0.2, "sigma": 0.1, "eta": 0.1, "scale_invariant": scale_invariant}
+    loss = adversarial(forward, embeds, logits, mask, generator=gen(), **settings)
     grads = torch.autograd.grad(loss, (head, embeds))
     delta = (seen[-1] - embeds).detach()  # a constant of the outer gradient
     clean, moved = (causal(head)(embeds + d)[:, :-1] for d in (0, delta))

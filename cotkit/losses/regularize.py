@@ -125,7 +125,7 @@ def adversarial(
             largest = g.abs().amax(-1, keepdim=True)
             direction = torch.where(largest > 0, g / largest, 0.0)
             delta = (delta.detach() + eta * direction).clamp(-eps, eps)
-    delta = delta.detach().clamp(-eps, eps)
+    delta = delta.clamp(-eps, eps)
     terms = divergence(clean, embeds + scale * delta)
     values = torch.nn.functional.pad(terms.new_zeros(kept.shape).masked_scatter(kept, terms), (1, 0))
     return total("adversarial", values, mask, denom=denom)
