@@ -5,7 +5,8 @@ wherever the model begins to write, so that its tokens are those of the sampling
 merge with the completion's.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 PAD, PROMPT, THOUGHT, ANSWER, SPECIAL, TOOL = range(6)
@@ -13,7 +14,7 @@ PAD, PROMPT, THOUGHT, ANSWER, SPECIAL, TOOL = range(6)
 Code = tuple[int, int, int]
 Piece = tuple[str, list[Code]]
 
-_PROBE = "cotkitprobe"
+_PROBE, _THOUGHT, _MARK = "cotkitprobe", "cotkitthought", "cotkitmark{}end"
 _SAID = {"role": "assistant", "content": _PROBE}
 _TOOL_ROLES = ("tool", "function", "ipython")
 # put in front of a piece, so that it is not read as the beginning of a text
@@ -92,10 +93,19 @@ def _chat(where: str, prompt: list, completion: list, row: Mapping, tokenizer: A
         )
 
     def render(messages: list, generate: bool) -> str:
+        from jinja2 import TemplateError
+
         extra = row.get("chat_template_kwargs") or {}
-        return tokenizer.apply_chat_template(
-            messages, tools=row.get("tools"), tokenize=False, add_generation_prompt=generate, **extra
-        )
+        try:
+            return tokenizer.apply_chat_template(
+                messages, tools=row.get("tools"), tokenize=False, add_generation_prompt=generate, **extra
+            )
+        except TemplateError as error:
+            roles = " ".join(str(m["role"]) for m in messages)
+            raise ValueError(
+                f"{where}: expected messages that the chat template takes, got {roles}: {error}. "
+                f"Reorder or merge them (a system text can go in front of the first user message)."
+            ) from error
 
     pieces: list[Piece] = []
     texts: list[str] = []
@@ -105,10 +115,15 @@ def _chat(where: str, prompt: list, completion: list, row: Mapping, tokenizer: A
             head = render(given, True) if given else ""
             if pieces:
                 said = max(i for i, m in enumerate(given) if m["role"] == "assistant")
-                text = render([*given[:said], _SAID, *given[said + 1 :]], True).rpartition(_PROBE)[2]
-                pieces[-1] = _join(pieces[-1], _bridge(text, tail, said, given, tokenizer.eos_token))
+                told = [*given[:said], _SAID]
+                text, frame = (
+                    render([*told, *after], True).rpartition(_PROBE)[2]
+                    for after in (given[said + 1 :], _marked(given[said + 1 :], said + 1))
+                )
+                pieces[-1] = _join(pieces[-1], _bridge(text, frame, tail, said, given, tokenizer.eos_token))
             else:
-                pieces.append((head, _placed(head, [(PROMPT, -1, -1)] * len(head), 0, 0, given)))
+                frame = render(_marked(given, 0), True) if given else ""
+                pieces.append((head, _placed(head, [(PROMPT, -1, -1)] * len(head), 0, given, frame)))
             lead, found, tail = render([*given, _SAID], False).rpartition(_PROBE)
             if not found:
                 raise ValueError(
@@ -118,20 +133,26 @@ def _chat(where: str, prompt: list, completion: list, row: Mapping, tokenizer: A
             lead = lead[len(head) :] if lead.startswith(head) else ""
             if any(tag and tag in lead for tag in (fmt.open, fmt.close)):
                 lead = ""  # an empty thought that the template puts in front of plain content
-            body = message_text(where, message, fmt).removesuffix(tokenizer.eos_token)
-            body = _after_prefill(where, body, head, fmt)
-            codes = _body(body, fmt, turn, first)
+            body = _message_text(where, message, fmt, given, render)
+            body = _without_end(body, tail, tokenizer.eos_token)
+            closed, body = _after_prefill(where, body, head, fmt)
+            codes = _body(closed + body, fmt, turn, first)[len(closed) :]
             first = max([first, *(step + 1 for _, step, _ in codes)])
             pieces.append((lead + body, [(SPECIAL, -1, turn)] * len(lead) + codes))
-            texts.append(body)
+            texts.append(closed + body)
         given = [*given, message]
     tail = tail.partition(tokenizer.eos_token)[0].rstrip()
     pieces[-1] = _join(pieces[-1], (tail, [(SPECIAL, -1, turn)] * len(tail)))
     return pieces, texts
 
 
-def message_text(where: str, message: Mapping, fmt: Any) -> str:
-    """The text of an assistant message, its separate thought (``reasoning_content``) put into tags."""
+def _message_text(
+    where: str, message: Mapping, fmt: Any, given: list, render: Callable[[list, bool], str]
+) -> str:
+    """The text of an assistant message, its separate thought (``reasoning_content``) put into tags.
+
+    A template that writes such a thought shows which tags and line breaks the model expects.
+    """
     content = message.get("content") or ""
     if not isinstance(content, str):
         if any(part.get("type") != "text" for part in content):
@@ -141,49 +162,85 @@ def message_text(where: str, message: Mapping, fmt: Any) -> str:
         raise ValueError(
             f"{where}: expected tool calls written in content, got tool_calls. Write them as text."
         )
-    thought = message.get("reasoning_content") or message.get("thinking")
-    if not thought:
+    field = next((f for f in ("reasoning_content", "thinking") if message.get(f)), None)
+    if field is None:
         return content
+    thought = message[field]
     if not fmt.close:
         return f"{thought}\n{content}"
-    return f"{fmt.open}\n{thought.strip()}\n{fmt.close}\n{content}"
+    lead, _, rest = render([*given, {**_SAID, field: _THOUGHT}], False).partition(_THOUGHT)
+    behind, shown, _ = rest.partition(_PROBE)
+    at = lead.rfind(fmt.open) if fmt.open else -1
+    if not shown or at < 0 or fmt.close not in behind:
+        return f"{fmt.open}\n{thought.strip()}\n{fmt.close}\n{content}"
+    return lead[at:] + thought.strip() + behind + (content.lstrip("\n") if behind.endswith("\n") else content)
 
 
-def _after_prefill(where: str, body: str, head: str, fmt: Any) -> str:
-    shown = head.rstrip()
-    if fmt.close and shown.endswith(fmt.close) and fmt.parse(body).thought:
-        raise ValueError(
-            f"{where}: expected a template that leaves the thought open, got one that ends the prompt with "
-            f"{fmt.close!r}. Switch thinking on (chat_template_kwargs) or drop the thought."
-        )
-    inner = body.lstrip()
+def _without_end(body: str, tail: str, eos: str) -> str:
+    """Drop the end of the turn from a text that already holds it, as a model's sample may."""
+    for mark in (eos, tail.partition(eos)[0].strip()):
+        if mark and body.rstrip().endswith(mark):
+            body = body.rstrip().removesuffix(mark)
+    return body
+
+
+def _after_prefill(where: str, body: str, head: str, fmt: Any) -> tuple[str, str]:
+    """The thought that the prompt has closed already ("": none), and the body without tags written twice."""
+    shown, inner = head.rstrip(), body.lstrip()
+    if fmt.close and shown.endswith(fmt.close):
+        tagged = fmt.close in body or bool(fmt.open and fmt.open in body)
+        if tagged and fmt.parse(body).thought:
+            raise ValueError(
+                f"{where}: expected a template that leaves the thought open, got one that ends the prompt "
+                f"with {fmt.close!r}. Switch thinking on (chat_template_kwargs) or drop the thought."
+            )
+        inner = inner.rpartition(fmt.close)[2] if tagged else body
+        return fmt.open + fmt.close, inner.lstrip("\n") if tagged and head.endswith("\n") else inner
     if not (fmt.open and shown.endswith(fmt.open) and inner.startswith(fmt.open)):
-        return body
+        return "", body
     inner = inner[len(fmt.open) :]
-    return inner.lstrip("\n") if head.endswith("\n") else inner
+    return "", inner.lstrip("\n") if head.endswith("\n") else inner
 
 
-def _placed(text: str, codes: list[Code], at: int, number: int, messages: list) -> list[Code]:
-    """Put the numbers of the messages on their contents, as far as the template shows them word for word."""
+def _marked(messages: list, number: int) -> list:
+    """The messages with a mark in place of each text, so that a template shows where it puts them."""
+    return [
+        {**m, "content": _MARK.format(turn)} if isinstance(m.get("content"), str) else m
+        for turn, m in enumerate(messages, number)
+    ]
+
+
+def _placed(text: str, codes: list[Code], number: int, messages: list, frame: str) -> list[Code]:
+    """Put the numbers of the messages on their contents, as far as the template shows them word for word.
+
+    ``frame`` is the same text with a mark in place of each content: what stands between two marks is looked
+    for first, so that a short content is not found in a role's name or a date.
+    """
+    at = 0
     for turn, message in enumerate(messages, number):
         content = message.get("content")
         content = content.strip() if isinstance(content, str) else ""
-        found = text.find(content, at) if content else -1
-        if found >= 0:
-            at = found + len(content)
-            segment = TOOL if number and message["role"] in _TOOL_ROLES else PROMPT
-            codes[found:at] = [(segment, -1, turn)] * len(content)
+        lead, mark, rest = frame.partition(_MARK.format(turn))
+        begin = text.find(lead, at) + len(lead) if mark and lead in text[at:] else at
+        frame = rest if mark else frame
+        found = text.find(content, begin) if content else -1
+        if found < 0 or (mark and text[begin:found].strip()):
+            at = begin  # not shown, or changed by the template
+            continue
+        at = found + len(content)
+        segment = TOOL if number and message["role"] in _TOOL_ROLES else PROMPT
+        codes[found:at] = [(segment, -1, turn)] * len(content)
     return codes
 
 
-def _bridge(text: str, tail: str, said: int, given: list, eos: str) -> Piece:
+def _bridge(text: str, frame: str, tail: str, said: int, given: list, eos: str) -> Piece:
     """Between two completions: the end of the turn (to be written), then other messages (given)."""
     pairs = enumerate(zip(text, tail, strict=False))
     shared = next((i for i, (a, b) in pairs if a != b), min(len(text), len(tail)))
     end = text.find(eos)
     written = end + len(eos) if 0 <= end < shared else len(text[:shared].rstrip())
     codes = [(SPECIAL, -1, said)] * written + [(PROMPT, -1, -1)] * (len(text) - written)
-    return text, _placed(text, codes, written, said + 1, given[said + 1 :])
+    return text, _placed(text, codes, said + 1, given[said + 1 :], frame)
 
 
 def _join(a: Piece, b: Piece) -> Piece:
@@ -221,12 +278,13 @@ def _ids(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
 
 
 def _extend(
-    tokenizer: Any, before: str, seen: list[int], text: str, codes: list[Code]
+    tokenizer: Any, before: str | None, seen: list[int], text: str, codes: list[Code]
 ) -> tuple[list[int], list[Code]]:
-    """Tokens of ``text`` behind ``before`` (ids: ``seen``); none crosses two segments or steps."""
+    """Tokens of ``text`` behind ``before`` (ids: ``seen``; None: unknown); none crosses segments or steps."""
     if not text:
         return [], []
-    for front, front_ids in [(before, seen), *((s, None) for s in _BEFORE)]:
+    fronts: list[tuple[str, list[int] | None]] = [] if before is None else [(before, seen)]
+    for front, front_ids in [*fronts, *((s, None) for s in _BEFORE)]:
         known = _ids(tokenizer, front)[0] if front_ids is None else front_ids
         ids, offsets = _ids(tokenizer, front + text)
         if ids[: len(known)] == known:
@@ -234,18 +292,20 @@ def _extend(
             break
     else:
         (ids, offsets), shift = _ids(tokenizer, text), 0
-    marks = []
+    marks, cuts = [], []
     for start, end in offsets:
         start, end = max(start - shift, 0), max(end - shift, 0)
         visible = [i for i in range(start, end) if not text[i].isspace()]
         at = visible[0] if visible else min(start, len(text) - 1)
-        split = next((i for i in range(at, end) if codes[i][:2] != codes[at][:2]), end)
         if any(codes[i][:2] != codes[at][:2] for i in visible):
-            left = _extend(tokenizer, before, seen, text[:split], codes[:split])
-            seen, before = seen + left[0], before + text[:split]
-            right = _extend(tokenizer, before, seen, text[split:], codes[split:])
-            return left[0] + right[0], left[1] + right[1]
+            cuts.append(next(i for i in range(at, end) if codes[i][:2] != codes[at][:2]))
         marks.append(codes[at])
+    if not cuts:
+        return ids, marks
+    ids, marks = [], []
+    for a, b in pairwise([0, *cuts, len(text)]):  # all at once: a long thought may need many
+        new = _extend(tokenizer, None if a else before, seen, text[a:b], codes[a:b])
+        ids, marks = ids + new[0], marks + new[1]
     return ids, marks
 
 

@@ -44,14 +44,16 @@ def encode(
     The completion is what the model has to write after the generation prompt: it is placed there word for
     word and never passed through the chat template, so a template cannot strip, wrap or double the thought;
     the template gives the prompt, an opening tag it prefills (PROMPT, and not written twice), and the end of
-    the turn. The prompt is tokenized alone, as at sampling time. Tokens are assigned by character offsets;
-    where one token would hold visible characters of two segments the text is split there. The end token is
-    always part of the target.
+    the turn (not written twice either). Where the prompt ends with an empty thought (thinking switched off)
+    the completion is the answer alone. The prompt is tokenized alone, as at sampling time. Tokens are
+    assigned by character offsets; where one token would hold visible characters of two segments the text is
+    split there. The end token is always part of the target.
 
     Args:
         rows: dicts with ``prompt`` and ``completion``, both strings or both lists of chat messages. An
-            assistant message may keep its thought in ``reasoning_content``. Columns ``tools`` and
-            ``chat_template_kwargs`` go to the template.
+            assistant message may keep its thought in ``reasoning_content``: it is put into the tags and line
+            breaks that the template writes, if it writes any. Columns ``tools`` and ``chat_template_kwargs``
+            go to the template.
         tokenizer: a fast ``transformers`` tokenizer; with a chat template where rows hold messages.
         fmt: a ``Format`` or the name of a preset.
         max_length: tokens kept of each row, counted from its beginning.
