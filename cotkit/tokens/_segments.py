@@ -127,6 +127,11 @@ def encode(
 def mask(segments: Segments, *parts: int) -> Mask:
     """Which tokens belong to the named parts.
 
+    Many-shot fine-tuning reads its targets off parts and ``turns``: all answers of a conversation ``m =
+    mask(segments, THOUGHT, ANSWER, SPECIAL)``, the last one only ``m & (turns == turns.amax(1,
+    keepdim=True))``, or whole examples, the first question left out, ``turns > 0`` (``> 1`` after a system
+    text); the targets are ``labels(input_ids, m)``.
+
     Args:
         segments: as ``encode`` gives them, [B, T].
         parts: any of PROMPT, THOUGHT, ANSWER, SPECIAL, TOOL, PAD. TOOL is in no mask unless named.
@@ -137,7 +142,10 @@ def mask(segments: Segments, *parts: int) -> Mask:
     Raises:
         ValueError: no part is named, or one that does not exist.
 
-    Source: none (plumbing)
+    Source: ManyICL (2025) arXiv:2506.11103 (loss on every answer)
+    Basis: second-hand (abstracts of two versions)
+    Differs: the versions speak of "every answer" and "every example"; both are here. Role markers and
+        separators are no targets, the end of each answer is.
 
     Example:
         >>> mask(torch.tensor([[1, 2, 3, 4]]), THOUGHT, ANSWER)
