@@ -115,18 +115,16 @@ def future_logps(
             raise ValueError(
                 f"future_logps: expected {name} in the batch, got {sorted(batch)}. Use tokens.encode."
             )
-    head, block = _head("future_logps", model), None
-    seen: dict[str, Any] = {}
+    head = _head("future_logps", model)
+    seen: dict[str, Any] = {"args": (), "named": {}}
     hooks = []
-    if not all(
-        isinstance(h, _Residual) for h in heads
-    ):  # a block wants positions and mask as the model gives them
-        block = _last_block("future_logps", model)
-        hooks = [
-            block.register_forward_pre_hook(
-                lambda _m, a, k: seen.update(args=a[1:], named=k), with_kwargs=True
+    if not all(isinstance(h, _Residual) for h in heads):
+        # a copied block wants positions and attention mask just as the model gives them to the last block
+        hooks.append(
+            _last_block("future_logps", model).register_forward_pre_hook(
+                lambda _, args, named: seen.update(args=args[1:], named=named), with_kwargs=True
             )
-        ]
+        )
     try:
         hidden = last_hidden(model, head, {k: batch[k] for k in (ids, "attention_mask") if k in batch})
     finally:
@@ -139,10 +137,8 @@ def future_logps(
             f"{type(model).__name__}."
         )
     labels = labels.to(hidden.device)
-    there = (
-        batch["attention_mask"].to(hidden.device).bool() if "attention_mask" in batch else labels == labels
-    )
-    named = {k: v for k, v in seen.get("named", {}).items() if k != "hidden_states"}
+    there = batch.get("attention_mask", torch.ones_like(labels)).to(hidden.device).bool()
+    named = {k: v for k, v in seen["named"].items() if k != "hidden_states"}
     logps = [linear_logps(hidden, head.weight, labels, bias=head.bias)]
     masks = [nn.functional.pad(labels[:, 1:] != IGNORED, (1, 0))]
     bias = None if head.bias is None else head.bias.detach()
@@ -151,9 +147,7 @@ def future_logps(
         x = x[0] if isinstance(x, tuple) else x
         source = _later(there, 1 + i, False)  # is position t - 1 - i a token of the row?
         kept = (labels != IGNORED) & source
-        ahead = _later(
-            labels.masked_fill(~kept, IGNORED), -i, IGNORED
-        )  # the label that position t - 1 is to predict
+        ahead = _later(labels.masked_fill(~kept, IGNORED), -i, IGNORED)  # at t: what t - 1 is to predict
         scored = linear_logps(x, head.weight.detach(), ahead, bias=bias)
         logps.append(_later(scored, i, 0.0))
         masks.append(kept)
