@@ -156,6 +156,22 @@ def test_reads_embeddings_and_a_batch_without_attention_mask():
     torch.testing.assert_close(bare[0], logps, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("residual", [True, False])
+def test_under_peft(residual):
+    from peft import LoraConfig, get_peft_model
+
+    model, batch = tiny(), encoded()
+    heads = trained(future_heads(model, 2, residual=residual))
+    before, masks = future_logps(model, heads, batch)
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"])).eval()  # B = 0: nothing changes
+    logps, same = future_logps(wrapped, heads, batch)
+    assert torch.equal(masks, same)
+    torch.testing.assert_close(logps, before, rtol=0, atol=1e-12)
+    multi_token(logps, masks).backward()
+    assert any(p.grad is not None and p.grad.any() for n, p in wrapped.named_parameters() if "lora_B" in n)
+    assert all(p.grad is not None and p.grad.any() for p in heads[0].parameters())
+
+
 def test_hung_on_the_model_the_heads_are_trained_with_it_and_go():
     from cotkit import lab
 
