@@ -668,6 +668,13 @@ def test_dpo_offset_smoothing_and_weights(f64):
     assert weighted.item() == pytest.approx((3 * first + 0.5 * second) / 2, abs=1e-12)
     smooth = dpo(c, r, rc, rr, beta=0.5, offset=gaps, label_smoothing=0.1)
     swapped = math.log1p(math.exp(0.55)), math.log1p(math.exp(0.45))
+    factors = f64(3.0, 0.5)
+    no_reference = simpo(c / 2, r / 2, beta=1.5, offset=0.25, weights=factors)
+    # 1.5 * (-.5 + 1.5) - .25 = 1.25 and 1.5 * (-2 + 1.75) - .25 = -.625
+    terms = 3 * math.log1p(math.exp(-1.25)) + 0.5 * math.log1p(math.exp(0.625))
+    assert no_reference.item() == pytest.approx(terms / 2, abs=1e-12)
+    (no_reference + dpo(c, r, rc, rr, weights=factors)).backward()
+    assert factors.grad is None  # a weight is a constant
     expected = 0.9 * (first + second) / 2 + 0.1 * sum(swapped) / 2
     assert smooth.item() == pytest.approx(expected, abs=1e-12)
     smooth.backward()
@@ -789,6 +796,7 @@ def test_orpo_by_hand(f64):
 def test_orpo_limits(f64):
     c, r = f64(-0.7, -1.9), f64(-0.2, -3.0)
     assert orpo(c, r, beta=0.0).item() == (-c).mean().item()  # fine-tuning, exactly
+    assert orpo(f64(1e-3), c[:1]).isfinite()  # rounding may lift a log-prob above 0 by this much
     same = orpo(c, c.detach(), beta=1.0)
     assert same.item() == pytest.approx((-c).mean().item() + math.log(2), abs=1e-12)
     for low, high in ((-1e-300, -800.0), (0.0, 0.0), (-800.0, 0.0), (-1e-9, -1e-12)):
@@ -844,6 +852,7 @@ def test_discriminative_equals_the_authors_code(f64, tau, gamma, losses, log_z, 
     z = discriminative_log_z(neg, f64(LOG_U), neg_ref=ref, tau=tau, gamma=gamma)
     assert z.tolist() == pytest.approx(log_z, abs=1e-12)
     assert not z.requires_grad
+    z.requires_grad_()
     loss = discriminative(pos, neg, z, neg_ref=ref, tau=tau)
     assert loss.item() == pytest.approx(sum(losses) / 2, abs=1e-12)
     loss.backward()
@@ -851,6 +860,7 @@ def test_discriminative_equals_the_authors_code(f64, tau, gamma, losses, log_z, 
     expected = torch.tensor(pushes, dtype=torch.float64) / 2
     torch.testing.assert_close(neg.grad, expected, rtol=0, atol=1e-12)
     assert ref.grad is None
+    assert z.grad is None
 
 
 def test_discriminative_without_reference_equals_the_authors_code(f64):
@@ -940,6 +950,8 @@ def test_refusals_of_the_family(f64):
         dpo(v, v, v, v, denom=0)
     with pytest.raises(ValueError, match=r"orpo: expected chosen_logps as log-probabilities .*got 2\."):
         orpo(-v, v)
+    with pytest.raises(ValueError, match=r"orpo: expected chosen_logps as log-probabilities .*got 0\.5"):
+        orpo(f64(-1.0, 0.5), v)
     with pytest.raises(ValueError, match=r"orpo: expected rejected_logps as log-probabilities"):
         orpo(v, -v)
     with pytest.raises(ValueError, match=r"orpo: expected beta >= 0"):

@@ -559,7 +559,7 @@ def discriminative_log_z(
     _check.between("discriminative_log_z", 0, 1, gamma=gamma)
     d, there = _log_ratios(neg, neg_ref, valid, tau)
     count = there.sum(1)
-    estimate = torch.where(there, d, -torch.inf).logsumexp(1) - count.clamp(min=1).to(d.dtype).log()
+    estimate = torch.where(there, d, -torch.inf).logsumexp(1) - count.to(d.dtype).log()
     kept = log_u.detach() + (math.log1p(-gamma) if gamma < 1 else -math.inf)
     return torch.where(count > 0, torch.logaddexp(kept, math.log(gamma) + estimate), log_u.detach())
 
@@ -616,8 +616,8 @@ def discriminative(
     d, there = _log_ratios(neg, neg_ref, valid, tau)
     count = there.sum(1)
     pushes = torch.where(there, (d - log_z.detach()[:, None]).exp(), 0.0) * torch.where(there, neg, 0.0)
-    losses = pushes.sum(1) / count.clamp(min=1) - pos
-    return _mean(torch.where(count > 0, losses, 0.0), denom)
+    losses = pushes.sum(1) / count.clamp(min=1) - torch.where(count > 0, pos, 0.0)
+    return _mean(losses, denom)
 
 
 def _logistic(
@@ -640,10 +640,9 @@ def _constant(offset: Any) -> Any:
 
 def _log_odds(logps: Tensor) -> Tensor:
     """Return log(P / (1 - P)) from log P, finite at P = 1; half precision in float32."""
-    x = logps.float() if logps.element_size() < 4 else logps
+    x = logps.to(torch.promote_types(logps.dtype, torch.float32))
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
-    near_one = x > -math.log(2)
-    return x - torch.where(near_one, (-x.expm1()).log(), (-x.exp()).log1p())
+    return x - (-x.expm1()).log()
 
 
 def _log_ratios(neg: Tensor, ref: Tensor | None, valid: Tensor | None, tau: float) -> tuple[Tensor, Tensor]:
