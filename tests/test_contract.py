@@ -25,7 +25,7 @@ import torch
 import cotkit
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZES = {"B": 4, "T": 9, "V": 11, "D": 6, "K": 5, "N": 12}
+SIZES = {"B": 4, "T": 9, "V": 11, "D": 6, "K": 5, "N": 12, "H": 3, "M": 2}
 NEEDS_A_MODEL = ("cotkit.lab.", "cotkit.interop.")  # their behaviour is tested in their own files
 
 
@@ -426,6 +426,8 @@ def test_what_is_masked_does_not_matter(name, function, switch):
     """Noise where the mask is False changes no value and no gradient where it is True."""
     if switch not in tensors(function):
         pytest.skip(f"takes no {switch}")
+    if name == "cotkit.losses.sft.ift_inputs":
+        pytest.skip("greedy_ids are unshifted: the guess for a counted token stands one position before it")
     for given in {(*g, switch) if switch in optional(function) else g for g in variants(function)}:
         positional, named = arguments(function, given)
         counts = bound(function, positional, named)[switch]
@@ -492,6 +494,8 @@ def test_masking_is_deleting(name, function):
 def test_an_empty_mask_is_harmless(name, function, switch):
     if switch not in tensors(function):
         pytest.skip(f"takes no {switch}")
+    if name == "cotkit.losses.sft.ift_inputs":
+        pytest.skip("greedy_ids are unshifted: the guess for a counted token stands one position before it")
     for given in {(*g, switch) if switch in optional(function) else g for g in variants(function)}:
         positional, named = arguments(function, given)
 
