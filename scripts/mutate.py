@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-DEFAULT = ["cotkit/losses", "cotkit/tokens.py", "cotkit/_encode.py", "cotkit/_linear.py", "cotkit/rewards"]
+DEFAULT = ["cotkit/losses", "cotkit/tokens", "cotkit/rewards", "cotkit/adapters", "cotkit/select"]
 # Whose tests pin a private file of the package root.
-TESTS_OF = {"_linear": "tokens", "_encode": "tokens", "_check": "check", "_reduce": "check"}
+TESTS_OF = {"_check": "check", "_reduce": "check"}
 # Slow to import and harmless to share between forks.
 WARM = ("torch", "transformers", "tokenizers", "pandas", "sympy", "latex2sympy2_extended", "math_verify")
 
