@@ -57,6 +57,8 @@ ARMS = {
     ),
     "noisy": ("sft", "poft"),
     "graded": ("sft", "iw_sft", "sft_q", "iw_q"),
+    "words": ("sft", "mft_mask", "mft_random"),
+    "long": ("sft", "mft_mask", "mft_random"),
     "scarce": ("sft", "smart"),
     "concepts": ("sft", "caft"),
     "countdown": ("sft", "iw_sft", "mft_mask", "ift", "caft"),
@@ -68,14 +70,23 @@ LIKE = {
     "sft_again": "sft", "mft_source": "mft_mask", "mft_clean": "mft_mask", "neftune": "mft_random",
     "dropout": "mft_random", "scheduled": "mft_random",
 }  # fmt: skip
+SAME_RATE = {"long": "plain"}  # a part that takes the learning rates of another
 LAST = ("mft_clean", "neftune", "dropout", "scheduled")
 CHOSEN = HERE / "scripts" / "supervised_lr.json"
 SETTINGS: dict[str, Any] = {
     "train_questions": 300,
     "steps": 48,
     "batch": 48,
-    "part_steps": {"redundant": 60, "concepts": 120},
-    "part_batch": {"redundant": 32, "concepts": 32, "graded": 32, "noisy": 32, "scarce": 32, "countdown": 32},
+    "part_steps": {"redundant": 60, "concepts": 120, "words": 100, "long": 144},
+    "part_batch": {
+        "redundant": 32,
+        "concepts": 32,
+        "graded": 32,
+        "noisy": 32,
+        "scarce": 32,
+        "countdown": 32,
+        "words": 32,
+    },
     "lr": json.loads(CHOSEN.read_text()) if CHOSEN.exists() else {},  # what --tune chose
     "mft_rate": 0.1,
     "mft_rate_high": 0.4,
@@ -94,9 +105,10 @@ SETTINGS: dict[str, Any] = {
     "test_questions": 400,
     "shift_questions": 200,
     "max_new_tokens": 72,
-    "part_max_new_tokens": {"redundant": 130, "concepts": 40},
+    "part_max_new_tokens": {"redundant": 130, "concepts": 40, "words": 60},
 }
 STORY = functools.partial(word_problem, steps=(3, 3))
+WORDY = functools.partial(word_problem, steps=(1, 1), style="verbose", operand=40)
 CHECKED = functools.partial(word_problem, steps=(2, 2), style="check")
 NUMBERS = functools.partial(countdown, numbers=3, target=None, signs="+-", operand=20)
 
@@ -108,12 +120,12 @@ def setting(part: str, key: str) -> Any:
 
 def rate_of(part: str, arm: str) -> float:
     """The learning rate that the grid chose for an arm in a part; a twin takes its model's."""
-    return SETTINGS["lr"][f"{part}/{LIKE.get(arm, arm)}"]
+    return SETTINGS["lr"][f"{SAME_RATE.get(part, part)}/{LIKE.get(arm, arm)}"]
 
 
 def task_of(part: str) -> Callable:
     """The task whose questions a part asks."""
-    return {"redundant": CHECKED, "countdown": NUMBERS, "concepts": spelled}.get(part, STORY)
+    return {"redundant": CHECKED, "countdown": NUMBERS, "concepts": spelled, "words": WORDY}.get(part, STORY)
 
 
 def spelled(rng: random.Random) -> dict[str, Any]:
@@ -143,7 +155,11 @@ def in_words(number: int) -> str:
 
 def data(part: str, base: int, seed: int, arm: str) -> list[dict]:
     """The training rows of a run."""
-    n = SETTINGS[{"scarce": "scarce_questions", "concepts": "concept_questions"}.get(part, "train_questions")]
+    n = SETTINGS[
+        {"scarce": "scarce_questions", "concepts": "concept_questions", "words": "scarce_questions"}.get(
+            part, "train_questions"
+        )
+    ]
     rows = lab.rows(task_of(part), "train", n=n, seed=seed)
     if part == "noisy":
         rng = random.Random(f"noisy/{seed}")
@@ -220,7 +236,7 @@ def measure(part: str, model: Any, tokenizer: Any, rows: list[dict], split: str)
         aside = functools.partial(task, distractors=2)
         found["distractors"] = right(lab.rows(aside, split, n=many, seed=0))
     found["reference_nll"] = (-lab.score(model, tokenizer, test[:200])).tolist()
-    if part == "redundant":
+    if part in ("redundant", "words", "long"):
         found["recovered"] = recovered(model, tokenizer, test[:100])
     if part == "noisy":
         scores = lab.score(model, tokenizer, rows)
