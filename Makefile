@@ -61,10 +61,11 @@ else
 	$(PYTEST) --dist loadscope --nbval-lax --nbval-cell-timeout 300 --nbval-current-env notebooks
 endif
 
-# Judge the claims again on the saved sweeps, and run one arm and seed of a sweep anew, drawn by the date.
+# Judge the claims again on the saved sweeps, and run one arm and seed of each sweep anew, drawn by the date.
 claims: setup
 	$(PY) scripts/claims_md.py --check
 	$(PY) scripts/sweep_spine.py --recheck
+	$(PY) scripts/sweep_supervised.py --recheck
 
 lab: setup
 	$(PY) -m jupyter lab notebooks

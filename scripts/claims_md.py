@@ -93,7 +93,7 @@ def page(judged: list[Judged], aa: list[str]) -> str:
         "# Claims",
         "",
         "Made by `scripts/claims_md.py` from `claims.toml` and the saved sweeps; not edited by hand.",
-        "Verdicts are explained at the head of `claims.toml`. The tiny lab has a model of 0.8 million",
+        "Verdicts are explained at the head of `claims.toml`. The tiny lab has a model of 0.9 million",
         "parameters and made-up tasks: *supported* here says that the effect shows there, not that the paper",
         "is right at its own scale.",
         "",
