@@ -33,6 +33,7 @@ from cotkit.select.quality import strata
 from cotkit.tasks.arithmetic import countdown, reaches_target, word_problem
 
 import supervised_arms as arms_of  # isort: skip
+from sweeping import work_through  # isort: skip
 
 HERE = Path(__file__).resolve().parent.parent
 RESULTS = HERE / "notebooks" / "results"
@@ -282,29 +283,6 @@ def sensitivity(model: Any, tokenizer: Any, rows: list[dict]) -> list[float]:
             for e in (embeds, embeds + noise)
         )
     return ((clean != noisy) & mask).sum(1).div(mask.sum(1)).tolist()
-
-
-def work_through(jobs: list[tuple], folder: Path, do: Callable) -> None:
-    """Do every job that nobody has done or begun; each leaves a json file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, job in jobs:
-        done, begun = folder / f"{name}.json", folder / f"{name}.begun"
-        if done.exists():
-            continue
-        try:
-            os.close(os.open(begun, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            continue
-        try:
-            line = do(*job)
-            done.with_suffix(".tmp").write_text(json.dumps(line))
-            done.with_suffix(".tmp").replace(done)
-        finally:
-            begun.unlink()
-        means = {
-            k: round(float(np.nanmean(v)), 3) for k, v in line.items() if k not in ("arm", "base", "seed")
-        }
-        print(name, means, flush=True)
 
 
 def tune(parts: list[str]) -> None:
