@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from cotkit.rewards.format import tags
+from cotkit.rewards.format import scripts, tags
 
 
 def one(text, **how):
@@ -94,3 +94,57 @@ def test_refusals():
         tags(("plan", "answer"), close=" ")
     with pytest.raises(ValueError, match="expected 1 prompts, got 2"):
         tags()(prompts=["a", "b"], completions=["c"])
+
+
+# scripts
+
+
+@pytest.mark.parametrize(
+    ("text", "allowed", "score"),
+    [
+        ("Hà Nội, 2+2=4 × π? no: pi", ("Latin",), 0.0),  # a Greek letter
+        ("Hà Nội, 2+2=4 × pi", ("Latin",), 1.0),
+        ("Ha\u0300 No\u0323i", ("Latin",), 1.0),  # accents apart
+        ("<think>x</think> 答案", ("Latin",), 0.0),
+        ("<think>一</think> a", ("Latin",), 0.0),  # one character, in the thought
+        ("答案 42", ("Han",), 1.0),
+        ("答案 a", ("Han",), 0.0),
+        ("答案 a", ("Latin", "Han"), 1.0),
+        ("ответ", ("Latin",), 0.0),
+        ("Вес", ("Cyrillic",), 1.0),
+        ("ひらカタ漢ー々", ("Hiragana", "Katakana", "Han"), 1.0),
+        ("ひら", ("Katakana",), 0.0),
+        ("ｆｕｌｌ ﾊﾝ", ("Latin",), 0.0),
+        ("ｆｕｌｌ", ("Latin",), 1.0),
+        ("한국어", ("Hangul",), 1.0),
+        ("ไทย", ("Latin",), 0.0),
+        ("١٢٣ ４ ½ € — “” 😀 𝐀 ℝ µ ª ℹ", ("Latin",), 1.0),  # digits, signs, letters of no script
+        ("", ("Latin",), 1.0),
+        ("\0\ud800", ("Latin",), 1.0),
+        (None, ("Latin",), 1.0),
+        ("ascii", ("Han",), 0.0),
+    ],
+)
+def test_letters_of_another_script(text, allowed, score):
+    assert scripts(allowed)(["?"], [text]) == [score]
+
+
+def test_scripts_pickle_chat_and_value():
+    reward = pickle.loads(pickle.dumps(scripts(mixed=-0.5)))
+    assert reward(["?"] * 2, ["a", "a да"], allowed=["a column"] * 2) == [1.0, -0.5]
+    assert reward(["?"], [[{"role": "assistant", "content": "да"}]]) == [-0.5]
+    assert reward.score_one("да") == -0.5
+    assert reward.func.__name__ == "scripts"
+    assert reward(["?"], ["d" + "да" * 10**6]) == [-0.5]
+
+
+@pytest.mark.errors
+def test_scripts_refusals():
+    with pytest.raises(TypeError, match="scripts: expected allowed as a list, got the string 'Latin'"):
+        scripts("Latin")
+    with pytest.raises(ValueError, match="scripts: expected at least one script"):
+        scripts(())
+    with pytest.raises(ValueError, match="scripts: expected script to be one of 'Latin', 'Greek'"):
+        scripts(("Latn",))
+    with pytest.raises(ValueError, match="scripts: expected mixed finite"):
+        scripts(mixed=float("nan"))

@@ -1,18 +1,20 @@
-"""Form of a completion: tags that open and close where they should.
+"""Form of a completion: tags that open and close where they should, letters of the right script.
 
 Conventions: a reward is 1.0 or 0.0; white space around blocks never counts. What stands inside a block is
 not looked at.
-Functions: ``tags`` every block once and in order.
+Functions: ``tags`` every block once and in order; ``scripts`` no letter of a foreign script.
 """
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
+from cotkit._check import finite, one_of
 from cotkit.rewards._text import text_of
 
-__all__ = ["tags"]
+__all__ = ["scripts", "tags"]
 
 
 class _How(NamedTuple):
@@ -136,3 +138,97 @@ def _one(how: _How, completion: Any) -> float:
     if at != len(plan):
         return 0.0
     return float(not how.close or bool(text[end:].strip()) == how.rest)
+
+
+def scripts(allowed: Sequence[str] = ("Latin",), *, mixed: float = 0.0) -> Callable[..., list[float | None]]:
+    """A reward of 1 unless a letter of another script occurs anywhere: against mixing languages.
+
+    Digits, punctuation, symbols, accents and letters that belong to no script (a mathematical bold A) are
+    allowed everywhere. It says nothing about languages that share a script, and nothing is mixed in an empty
+    text: add a reward for the answer.
+
+    Args:
+        allowed: scripts by their usual names: Latin, Greek, Cyrillic, Han, Hiragana, Katakana, Hangul,
+            Arabic, Hebrew, Devanagari, Thai, and so on.
+        mixed: reward of a text with a letter of another script.
+
+    Returns:
+        ``reward(prompts, completions, **columns) -> list[float]``, logged as ``scripts``; it can be pickled,
+        and ``reward.score_one(completion)`` scores one sample.
+
+    Raises:
+        ValueError: no scripts, or one that is not known; ``mixed`` is not finite.
+        TypeError: ``allowed`` is one string, ``mixed`` no number.
+
+    Source: GreenMind (2025) arXiv:2504.16832 (a Vietnamese thought without Chinese)
+    Basis: reconstructed from the abstract
+    Differs: unknown; the paper's constants are not public.
+
+    Example:
+        >>> scripts()(["?"] * 3, ["Hà Nội: 2+2=4", "2+2 等于 4", "2+2=4 → да"])
+        [1.0, 0.0, 0.0]
+        >>> scripts(("Latin", "Han"))(["?"], ["2+2 等于 4"])
+        [1.0]
+    """
+    if isinstance(allowed, str):
+        raise TypeError(
+            f"scripts: expected allowed as a list, got the string {allowed!r}. Write ({allowed!r},)."
+        )
+    if not allowed:
+        raise ValueError("scripts: expected at least one script, got none.")
+    for name in allowed:
+        one_of("scripts", _SCRIPTS, script=name)
+    finite("scripts", mixed=mixed)
+    how = (frozenset(word for name in allowed for word in _SCRIPTS[name]), float(mixed))
+    reward = partial(_scripts, how)
+    reward.score_one = partial(_script_score, how)  # type: ignore[attr-defined]
+    return reward
+
+
+def _scripts(
+    how: tuple[frozenset[str], float], /, prompts: Any, completions: Any, **columns: Any
+) -> list[float | None]:
+    return [_script_score(how, completion) for completion in completions]
+
+
+_scripts.__name__ = "scripts"  # what TRL logs; pickle goes by __qualname__
+
+
+def _script_score(how: tuple[frozenset[str], float], completion: Any) -> float:
+    allowed, mixed = how
+    text = text_of(completion)
+    if text.isascii() and "LATIN" in allowed:
+        return 1.0
+    return 1.0 if all(_script(c) in allowed or not _script(c) for c in set(text)) else mixed
+
+
+# A letter's script is the first word of its Unicode name, but for the words that name no script.
+_SCRIPTS = {
+    name: (name.upper(),)
+    for name in re.findall(
+        r"\w+",
+        "Latin Greek Coptic Cyrillic Armenian Georgian Hebrew Arabic Syriac Thaana Devanagari Bengali "
+        "Gurmukhi Gujarati Oriya Tamil Telugu Kannada Malayalam Sinhala Thai Lao Tibetan Myanmar Khmer "
+        "Mongolian Ethiopic Cherokee Hangul Hiragana Katakana Bopomofo",
+    )
+}
+_SCRIPTS["Han"] = ("CJK", "IDEOGRAPHIC")
+_NO_SCRIPT = frozenset(
+    re.findall(
+        r"\S+",
+        "MATHEMATICAL DOUBLE-STRUCK BLACK-LETTER SCRIPT MODIFIER SUPERSCRIPT SUBSCRIPT FEMININE MASCULINE "
+        "MICRO OHM KELVIN ANGSTROM PLANCK EULER INFORMATION TURNED CARON ROMAN ALEF BET GIMEL DALET VERTICAL "
+        "KATAKANA-HIRAGANA",
+    )
+)
+
+
+@lru_cache(maxsize=4096)
+def _script(character: str) -> str:
+    """First word of a letter's script; nothing for what is no letter or belongs to no script."""
+    if unicodedata.category(character)[0] != "L":
+        return ""
+    words = unicodedata.name(character, "UNKNOWN").split()
+    if words[0] in ("FULLWIDTH", "HALFWIDTH"):
+        words = words[1:]
+    return "" if words[0] in _NO_SCRIPT else words[0]

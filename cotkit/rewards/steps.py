@@ -1,20 +1,38 @@
-"""Steps of a thought: the equations it writes and whether they hold.
+"""Steps of a thought: the equations it writes, the steps it should contain, and what each step is worth.
 
 Conventions: numbers are exact (``int`` or ``Fraction``), nothing is evaluated by Python, sizes are bounded.
+``correct`` is a reward; at least 0.5 means right, None gives None.
 Functions: ``calculate`` an expression -> its value; ``find_equations`` text -> equations with a verdict;
-``equations`` the reward, the share that holds.
+``equations`` the reward, the share that holds; ``key_steps`` a reward for steps a solution needs;
+``rollout_values`` how often each beginning of a thought ends well; ``quality_drop`` a reward that minds a
+sudden fall of the steps' scores; ``step_quality`` three judgements of each step in one.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
-from cotkit._check import finite
-from cotkit.rewards._text import text_of
+import torch
+from torch import Tensor
 
-__all__ = ["Equation", "calculate", "equations", "find_equations"]
+from cotkit._check import at_least, finite, floating, integers, ndim, positive
+from cotkit.rewards._call import Reward, functions, verdicts
+from cotkit.rewards._text import column_of, text_of
+from cotkit.rewards.answer import extract_answer
+
+__all__ = [
+    "Equation",
+    "calculate",
+    "equations",
+    "find_equations",
+    "key_steps",
+    "quality_drop",
+    "rollout_values",
+    "step_quality",
+]
 
 _LONG = 300  # characters of an expression
 _BITS = 2048  # of numerator and denominator
@@ -116,8 +134,6 @@ def _apply(a: Fraction, sign: str, b: Fraction) -> Fraction:
     if sign == "**":
         if b.denominator != 1 or abs(b) > 64:
             raise ValueError
-        if abs(int(b)) * max(a.numerator.bit_length(), a.denominator.bit_length()) > _BITS:
-            raise ValueError
         result = Fraction(a) ** int(b)
     elif sign == "//":
         result = Fraction(a // b)
@@ -164,7 +180,7 @@ def find_equations(text: str) -> list[Equation]:
         left = None
 
     for token in _tokens(text):
-        kind, sign, _, end = token
+        kind, sign, start, end = token
         if kind == "equal":
             middle = _trim(side, last=False)
             equation = _equation(text, left, middle) if left is not None else None
@@ -175,9 +191,9 @@ def find_equations(text: str) -> list[Equation]:
             close()
             side = []
         elif kind == "op" and not side and left is None:
-            # a sign starts an expression only when it is glued to a number and no word, bullet or hyphen
-            glued = text[end : end + 1].isdigit() or text[end : end + 2].startswith(("$", "("))
-            if sign in "+-−" and glued and previous != "other":
+            # a sign starts an expression only when it is glued to a number and no bullet or hyphen
+            glued = re.match(r"\.?\d|\$|\(", text[end : end + 2]) is not None
+            if sign in "+-−" and glued and not _hyphen(text, start, previous):
                 side.append(token)
         elif kind in ("number", "open") and side and side[-1][0] in ("number", "close"):
             close()  # two numbers side by side: a new expression begins
@@ -187,6 +203,11 @@ def find_equations(text: str) -> list[Equation]:
         previous = kind
     close()
     return found
+
+
+def _hyphen(text: str, start: int, previous: str) -> bool:
+    """Whether a sign joins the word (or the closing bracket) right before it with what follows."""
+    return previous == "other" and (text[start - 1].isalnum() or text[start - 1] in "_]}")
 
 
 def _trim(side: list[_Token], last: bool) -> list[_Token]:
@@ -265,3 +286,319 @@ _equations.__name__ = "equations"  # what TRL logs; pickle goes by __qualname__
 def _share(empty: float, completion: Any) -> float:
     found = find_equations(text_of(completion))
     return sum(e.holds for e in found) / len(found) if found else empty
+
+
+class _KeySteps(NamedTuple):
+    correct: Reward
+    alpha: float
+    column: str
+    extract: Callable[[Any], str | None]
+
+
+def key_steps(
+    correct: Reward,
+    *,
+    alpha: float = 0.1,
+    column: str = "key_steps",
+    extract: Callable[[Any], str | None] = extract_answer,
+) -> Callable[..., list[float | None]]:
+    r"""A reward for the answer and, a little, for the key steps that the thought contains.
+
+    $1 + \alpha k$ if right, $\alpha k$ if wrong but answered, 0 without an answer; k is the share of key
+    steps found.
+
+    Args:
+        correct: the reward that says which answers are right.
+        alpha: what all key steps together are worth.
+        column: name of the column with each row's key steps: a list whose items are a text, or a list of
+            texts that say the same; or a dict {"Steps": that list}; or a list of such dicts, one for each
+            reference solution, of which the best counts. None or an empty list gives k = 0.
+        extract: completion -> answer or None.
+
+    Returns:
+        ``reward(prompts, completions, **columns) -> list[float | None]``, logged as ``key_steps``; None where
+        ``correct`` is None. It can be pickled if ``correct`` can.
+
+    Raises:
+        ValueError: ``alpha`` not finite; when called, the column is missing or too short.
+        TypeError: ``correct`` or ``extract`` cannot be called, ``alpha`` is no number.
+
+    Source: R1-VL (2025) arXiv:2503.12937 (StepRAR); MME-CoT (2025) arXiv:2502.09621 (k is its recall, the
+        best over reference solutions)
+    Basis: authors' code
+    Differs: their code finds "4" in "14" and pays for key steps without an answer; here a key step must stand
+        alone, in the thought (before ``</think>``, or in all of a text that has no such tag).
+
+    Example:
+        >>> from cotkit.rewards.answer import accuracy
+        >>> keys = [["6/3 = 2", "6 divided by 3 is 2"], "2*7 = 14"]
+        >>> texts = ["6/3 = 2, so #### 14", "2*7 = 14 and 6 divided by 3 is 2, #### 3", "6/3 = 2"]
+        >>> key_steps(accuracy())(["?"] * 3, texts, answer=["14"] * 3, key_steps=[keys] * 3)
+        [1.05, 0.1, 0.0]
+    """
+    functions("key_steps", correct=correct, extract=extract)
+    finite("key_steps", alpha=alpha)
+    return partial(_key_steps, _KeySteps(correct, alpha, column, extract))
+
+
+def _key_steps(how: _KeySteps, /, prompts: Any, completions: Any, **columns: Any) -> list[float | None]:
+    wanted = column_of("key_steps", columns, how.column, len(completions))
+    good = verdicts("key_steps", how.correct, prompts, completions, columns)
+    result: list[float | None] = []
+    for completion, keys, ok in zip(completions, wanted, good, strict=True):
+        if ok is None:
+            result.append(None)
+        elif not ok and how.extract(completion) is None:
+            result.append(0.0)
+        else:
+            result.append(float(ok) + how.alpha * _share_found(text_of(completion), keys))
+    return result
+
+
+_key_steps.__name__ = "key_steps"  # what TRL logs; pickle goes by __qualname__
+
+
+def _share_found(text: str, keys: Any) -> float:
+    closed = text.rfind("</think>")
+    thought = _even(text[: closed if closed >= 0 else len(text)][:_TEXT])
+    solutions = keys if keys and isinstance(keys, list) and isinstance(keys[0], dict) else [keys]
+    return max(_found(thought, s.get("Steps") if isinstance(s, dict) else s) for s in solutions)
+
+
+def _found(thought: str, keys: Any) -> float:
+    variants = [[key] if isinstance(key, str) else list(key) for key in keys or ()]
+    return sum(any(_stands(v, thought) for v in group) for group in variants) / max(1, len(variants))
+
+
+def _even(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _stands(key: str, thought: str) -> bool:
+    """Whether a key step stands in the text and is no part of a longer number or word."""
+    key = _even(key)
+    if not key or key not in thought:
+        return False
+    before = r"(?<!\w)(?<!\d[.,])" if re.match(r"\w", key) else ""
+    after = r"(?!\w|[.,]\d)" if re.search(r"\w$", key) else ""
+    return re.search(before + re.escape(key) + after, thought) is not None
+
+
+def rollout_values(
+    generate: Callable[[Sequence[Any], int], list[list[str]]],
+    prompt: Any,
+    steps: Sequence[str],
+    reward: Reward,
+    *,
+    n: int = 16,
+    at: Sequence[int] | None = None,
+    **columns: Any,
+) -> list[float | None]:
+    r"""Value of each beginning of a thought: the share of ``n`` continuations of it that end well.
+
+    A step after which the value falls to 0 is where the thought went wrong. Values are estimates: with few
+    continuations they are not monotone, and a search by bisection may be misled.
+
+    Args:
+        generate: ``(prompts, n) -> list[list[str]]``; called once, with all beginnings.
+        prompt: text, or chat messages (the beginning is then the assistant's own last message).
+        steps: pieces of text that one after the other make the completion, separators and tags included.
+        reward: scores completions, each a beginning with its continuation; at least 0.5 is a success.
+        n: continuations of each beginning.
+        at: which steps to end at, counted from 0 and included; None = each.
+        columns: values of the row that ``reward`` needs, one each (``answer="14"``).
+
+    Returns:
+        One share in [0, 1] for each of ``at``; None where no continuation could be scored.
+
+    Raises:
+        ValueError: ``n`` below 1, ``at`` outside the steps, ``generate`` returns another number of texts.
+        TypeError: ``steps`` is one string, ``generate`` or ``reward`` cannot be called, ``n`` is no int.
+
+    Source: SIPF (2024) arXiv:2412.08393 (a step is good if more than delta succeed); URSA (2025)
+        arXiv:2501.04686 (bisection for the first step without success)
+    Basis: second-hand
+    Differs: nothing.
+
+    Example:
+        >>> from cotkit.rewards.answer import accuracy
+        >>> def generate(prompts, n):  # goes on rightly unless it has read a 9
+        ...     return [["#### 5" if "9" in p else "#### 14"] * n for p in prompts]
+        >>> rollout_values(generate, "2*(3+4)?", ["3+4=7\n", "7*2=9\n"], accuracy(), n=2, answer="14")
+        [1.0, 0.0]
+    """
+    functions("rollout_values", generate=generate, reward=reward)
+    if isinstance(steps, str):
+        raise TypeError("rollout_values: expected steps as a list of texts, got one string. Pass [text].")
+    integers("rollout_values", n=n)
+    at_least("rollout_values", 1, n=n)
+    ends = list(range(len(steps))) if at is None else list(at)
+    outside = [i for i in ends if not 0 <= i < len(steps)]
+    if outside:
+        raise ValueError(f"rollout_values: expected at in [0, {len(steps) - 1}], got {outside}.")
+    if not ends:
+        return []
+    begun = ["".join(steps[: i + 1]) for i in ends]
+    written = generate([_go_on(prompt, text) for text in begun], n)
+    if [len(w) for w in written] != [n] * len(ends):
+        raise ValueError(f"rollout_values: expected {len(ends)} lists of {n} texts from generate.")
+    texts = [text + more for text, several in zip(begun, written, strict=True) for more in several]
+    row = {name: [value] * len(texts) for name, value in columns.items()}
+    good = verdicts("rollout_values", reward, [prompt] * len(texts), texts, row)
+    values: list[float | None] = []
+    for k in range(len(ends)):
+        known = [ok for ok in good[k * n : (k + 1) * n] if ok is not None]
+        values.append(sum(known) / len(known) if known else None)
+    return values
+
+
+def _go_on(prompt: Any, begun: str) -> Any:
+    return prompt + begun if isinstance(prompt, str) else [*prompt, {"role": "assistant", "content": begun}]
+
+
+class _Drop(NamedTuple):
+    step_scores: Callable[..., Sequence[Sequence[float]]]
+    correct: Reward
+    rho: float
+    gamma: float
+
+
+def quality_drop(
+    step_scores: Callable[..., Sequence[Sequence[float]]],
+    correct: Reward,
+    *,
+    rho: float = 0.3,
+    gamma: float = 0.5,
+) -> Callable[..., list[float | None]]:
+    r"""A reward for right answers, less where the score of a step falls suddenly. RECONSTRUCTED.
+
+    1 if right; $1 - \gamma$ if right and $\max_j (s_j - s_{j+1}) / s_j > \rho$; 0 if wrong. Scores are not
+    added
+    to the reward: a policy that is paid for them writes few and safe steps.
+
+    Args:
+        step_scores: called like a reward, ``(prompts, completions, **columns)``, it gives a list of scores
+            for each completion, one per step, at least 0 (a process reward model).
+        correct: the reward that says which answers are right.
+        rho: a relative fall of more than this is a drop.
+        gamma: what a drop costs.
+
+    Returns:
+        ``reward(prompts, completions, **columns) -> list[float | None]``, logged as ``quality_drop``; None
+        where ``correct`` is None. Fewer than two steps cannot drop, and from a score of 0 nothing falls. It
+        can be pickled if its parts can.
+
+    Raises:
+        ValueError: ``rho`` below 0, ``gamma`` not finite; when called, ``step_scores`` gives another number
+            of lists.
+        TypeError: ``step_scores`` or ``correct`` cannot be called, a value is no number.
+
+    Source: URSA (2025) arXiv:2501.04686 (PS-GRPO)
+    Basis: second-hand; the relative form of the fall is reconstructed
+    Differs: unknown.
+
+    Example:
+        >>> from cotkit.rewards.answer import accuracy
+        >>> model = lambda prompts, completions, **columns: [[0.9, 0.85, 0.3], [0.9, 0.8, 0.7], [0.9, 0.1]]
+        >>> texts = ["#### 4", "#### 4", "#### 5"]
+        >>> quality_drop(model, accuracy())(["?"] * 3, texts, answer=["4"] * 3)
+        [0.5, 1.0, 0.0]
+    """
+    functions("quality_drop", step_scores=step_scores, correct=correct)
+    at_least("quality_drop", 0, rho=rho)
+    finite("quality_drop", gamma=gamma)
+    return partial(_quality_drop, _Drop(step_scores, correct, rho, gamma))
+
+
+def _quality_drop(how: _Drop, /, prompts: Any, completions: Any, **columns: Any) -> list[float | None]:
+    good = verdicts("quality_drop", how.correct, prompts, completions, columns)
+    scored = list(how.step_scores(prompts=prompts, completions=completions, **columns))
+    if len(scored) != len(completions):
+        raise ValueError(
+            f"quality_drop: expected scores of {len(completions)} completions, got {len(scored)}."
+        )
+    return [
+        None if ok is None else float(ok) * (1.0 - how.gamma * _falls(steps, how.rho))
+        for ok, steps in zip(good, scored, strict=True)
+    ]
+
+
+_quality_drop.__name__ = "quality_drop"  # what TRL logs; pickle goes by __qualname__
+
+
+def _falls(scores: Sequence[float], rho: float) -> bool:
+    return any(a > 0 and (a - b) / a > rho for a, b in pairwise(scores))
+
+
+def step_quality(
+    question: Tensor,
+    steps: Tensor,
+    response: Tensor,
+    quality: Tensor,
+    negatives: Tensor,
+    *,
+    tau: float = 0.1,
+) -> Tensor:
+    r"""Three judgements of each step in one: does the answer use it, is it good, does it follow.
+
+    $r_t = \sum_k w_t^k r_t^k$ with $w_t = \mathrm{softmax}(r_t^1, r_t^2, r_t^3)$: alignment
+    $\max_j \cos(s_t, a_j)$, quality of a judge, and coherence
+    $\log\big(e^{\cos(s_{t-1}, s_t)/\tau} / \sum_{s'} e^{\cos(s_{t-1}, s')/\tau}\big)$ over the negatives.
+    All are constants.
+
+    Args:
+        question: embedding of the question, [D]: what comes before the first step.
+        steps: embeddings of the steps of the thought, [T, D].
+        response: embeddings of the steps of the final response, [R, D].
+        quality: a judge's score of each step, [T], in [0, 1].
+        negatives: embeddings of steps of other thoughts, [N, D].
+        tau: > 0; the temperature of the comparison with the negatives.
+
+    Returns:
+        The target for a process reward model, [T]; where the three agree it is their common value.
+
+    Raises:
+        ValueError: the shapes do not fit, no step in ``response`` or ``negatives``, ``tau`` not above 0.
+        TypeError: no float tensors.
+
+    Source: ReasonFlux-PRM (2025) arXiv:2506.18896
+    Basis: second-hand (the released code trains and applies the model, this target is not in it)
+    Differs: unknown.
+
+    Example:
+        >>> one, two = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+        >>> step_quality(
+        ...     one, one[None], one[None], torch.tensor([1.0]), two[None], tau=1.0
+        ... )  # all three are 1
+        tensor([1.])
+    """
+    floating(
+        "step_quality",
+        question=question,
+        steps=steps,
+        response=response,
+        quality=quality,
+        negatives=negatives,
+    )
+    ndim("step_quality", "D", question=question)
+    ndim("step_quality", "T D", steps=steps)
+    ndim("step_quality", "R D", response=response)
+    ndim("step_quality", "N D", negatives=negatives)
+    ndim("step_quality", "T", quality=quality)
+    positive("step_quality", tau=tau)
+    width = {t.shape[-1] for t in (question, steps, response, negatives)}
+    if len(width) > 1 or quality.shape[0] != steps.shape[0]:
+        raise ValueError(
+            f"step_quality: expected one width D and as many qualities as steps, got widths {sorted(width)}, "
+            f"{quality.shape[0]} qualities, {steps.shape[0]} steps."
+        )
+    if not len(response) or not len(negatives):
+        raise ValueError("step_quality: expected at least one step in response and in negatives, got none.")
+    q, s, a, others = (
+        torch.nn.functional.normalize(t.detach(), dim=-1) for t in (question, steps, response, negatives)
+    )
+    before = torch.cat([q[None], s])[:-1]  # s_{t-1}
+    alignment = (s @ a.T).amax(-1)
+    coherence = (before * s).sum(-1) / tau - (before @ others.T / tau).logsumexp(-1)
+    scores = torch.stack([alignment, quality.detach(), coherence], -1)
+    return (scores.softmax(-1) * scores).sum(-1)
