@@ -41,9 +41,14 @@ CACHE = HERE / "out" / "supervised"
 CODE = (
     "scripts/sweep_supervised.py::one",
     "scripts/supervised_arms.py::train",
-    "cotkit/losses/sft.py",
+    *(
+        f"cotkit/losses/sft.py::{name}"
+        for name in ("nll", "iw_sft", "poft", "ift_inputs", "ift_weights", "multi_token")
+    ),
     "cotkit/losses/regularize.py::adversarial",
     "cotkit/adapters/modules.py::future_logps",
+    "cotkit/select/quality.py::strata",
+    "cotkit/tokens/_corrupt.py::corrupt",
     "cotkit/tasks/arithmetic.py::word_problem",
     "cotkit/tasks/arithmetic.py::countdown",
 )
