@@ -4,8 +4,9 @@
     python scripts/index.py --check    say what is out of step and exit with 1
 
 The ``Source:`` lines of docstrings decide which functions serve a paper. A notebook section belongs to it if
-its text names the arXiv number or its heading the short name (both, if no function serves it). Verdicts are
-read from ``notebooks/claims.toml`` and ``CLAIMS.md``.
+its text names the arXiv number or its heading the short name (both, if no function serves it); of several
+the one with both, in the notebook of its claims. Verdicts are read from ``notebooks/claims.toml`` and
+``CLAIMS.md``.
 """
 
 import csv
@@ -55,7 +56,7 @@ def claims() -> list[dict[str, str]]:
         {
             "name": name,
             "verdict": verdict,
-            **{k: str(entry.get(k, "")) for k in ("paper", "pinned", "authors", "where")},
+            **{k: str(entry.get(k, "")) for k in ("paper", "pinned", "authors", "where", "notebook")},
         }
         for name, entry in entries.items()
         for verdict in verdicts.get(name, ["not run"])
@@ -95,7 +96,10 @@ def papers() -> str:
         named = [(row["arxiv"] in text, bool(short.search(heading))) for _, heading, text in parts]
         # Without a function, citing a paper in passing is not serving it.
         enough = any if row["functions"] else all
-        place = next((part for part, there in zip(parts, named, strict=True) if enough(there)), None)
+        found = [(part, all(there)) for part, there in zip(parts, named, strict=True) if enough(there)]
+        shown = [c["notebook"] for c in verdicts if row["id"] in c["paper"].split(", ")][-1:]
+        # Where its claims are shown, in a section of its own, else the first one that names it.
+        place = max(found, key=lambda f: (f[1], f[0][0] in shown), default=(None,))[0]
         row["notebook"], row["section"] = place[:2] if place else ("", "")
         row["status"] = {
             (True, True): "served",
