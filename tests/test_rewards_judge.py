@@ -96,7 +96,7 @@ def test_pairwise_asks_in_both_orders():
 
 def test_pairwise_prefers_what_the_authors_choose():
     # oddqueue/self-judge, src/self_judge/utils.py, get_batch_judgments: mean of P(A | a first) and
-    # P(B | b first) against the mean of the other two; probabilities here are normalised over the two letters.
+    # P(B | b first) against the mean of the other two; here both are normalised over the two letters.
     for p, q in ((0.7, 0.4), (0.7, 0.8), (0.2, 0.1), (0.35, 0.9)):
         theirs_a, theirs_b = (p + (1 - q)) / 2, ((1 - p) + q) / 2
         ours = pairwise(lambda _, first, __, p=p, q=q: p if first == "a" else q)("?", "a", "b")
