@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent.parent
 MORE_BASES = HERE / "out" / "bases"  # pre-trained on demand: python -m cotkit.lab out/bases --seeds 3 4
 
 # Price of one training step and of what is done once per training row, in SFT steps (see above).
-STEP_PRICE = {"ift": 4 / 3, "ift_code": 4 / 3, "smart": 8 / 3, "scheduled": 4 / 3, "caft": 1.5}
+STEP_PRICE = {"ift": 4 / 3, "smart": 8 / 3, "scheduled": 4 / 3, "caft": 1.5}
 ONCE_PRICE = {"iw_sft": 1 / 3, "iw_token": 1 / 3, "iw_q": 1 / 3, "iw_sum": 1 / 3, "poft": 2 / 3}
 
 
@@ -83,7 +83,7 @@ def train(
         how = {"loss": _smart, "forward": smart_forward(settings, seed)}
     elif arm == "caft":
         how = caft(model, tokenizer, rows, taken, batch, seed, settings)
-    elif arm.startswith("mft") or arm in ("scheduled", "random"):
+    elif arm.startswith("mft") or arm == "scheduled":
         how["prepare"] = mft_prepare(arm, model, tokenizer, taken, seed, settings)
     elif arm in ("neftune", "dropout"):
         how["prepare"] = noise_prepare(arm, model, taken, seed, settings)
@@ -117,12 +117,9 @@ def _poft(logps: torch.Tensor, batch: dict, denom: Any) -> torch.Tensor:
     return poft(scores, batch["ref_score"].float(), denom=denom)
 
 
-def _ift(future: bool) -> Callable:
-    def loss(logps: torch.Tensor, batch: dict, denom: Any) -> torch.Tensor:
-        weights = ift_weights(-logps.detach(), batch["mask"], future=future)
-        return nll(logps, batch["mask"], weights=weights, per="sequence", denom=denom)
-
-    return loss
+def _ift(logps: torch.Tensor, batch: dict, denom: Any) -> torch.Tensor:
+    weights = ift_weights(-logps, batch["mask"], future=False)  # the paper's: late tokens weigh more
+    return nll(logps, batch["mask"], weights=weights, per="sequence", denom=denom)
 
 
 def _smart(out: tuple, batch: dict, denom: Any) -> torch.Tensor:
@@ -217,15 +214,18 @@ def caft(model: Any, tokenizer: Any, rows: list, steps: int, batch: int, seed: i
 def mft_prepare(arm: str, model: Any, tokenizer: Any, steps: int, seed: int, settings: dict) -> Callable:
     """Masked thought: noise on the inputs of the response, its rate warmed up over two thirds of training."""
     generator = torch.Generator().manual_seed(seed)
-    rate = settings["mft_rate_high"] if arm.endswith("_high") else settings["mft_rate"]
+    second = arm == "mft_second"
+    rate = settings["mft_rate_second" if second else "mft_rate"]
 
     def prepare(batch: dict, step: int) -> dict:
         ids, where = batch["input_ids"], batch["mask"]
         now = min(rate, rate * step / (2 / 3 * steps + 1))
         replacement = None
+        if second:
+            where = where & (batch["steps"] % 2 == 1)
         if arm == "mft_source":
             where = tokens.mask(batch["segments"], tokens.PROMPT)
-        elif arm.startswith("mft_random"):
+        elif arm == "mft_random":
             replacement = torch.randint(0, len(tokenizer), ids.shape, generator=generator)
         elif arm == "scheduled":
             with torch.no_grad():
