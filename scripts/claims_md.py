@@ -81,6 +81,7 @@ def calibration(claims: Path) -> list[str]:
         lines.append(
             f"- `{path}`: {entry['arm']} against {entry['twin']} ({entry['metric']}): {share:.1%} false "
             f"verdicts in {n} null cases (5 % allowed{stale})"
+            + ("; with so few runs one case and its mirror image are already more" if 2 / n > 0.05 else "")
         )
     return lines
 
@@ -120,7 +121,8 @@ def page(judged: list[Judged], aa: list[str]) -> str:
         "",
         "## Numbers",
         "",
-        "Effects are arm minus control; n counts seeds x bases x questions; where Holm's correction changed",
+        "Effects are arm minus control; n counts runs x questions (a run is one base with one seed); where",
+        "Holm's correction changed",
         "the verdict, the one before stands in brackets.",
         "",
         "| claim | sweep | arm | control | effect [95 %] | matters from | error removed | paper | n "
@@ -142,7 +144,7 @@ def page(judged: list[Judged], aa: list[str]) -> str:
                     cells["matters from"],
                     cells.get("error removed", ""),
                     cells.get("paper", ""),
-                    f"{c.seeds} x {c.bases} x {c.questions}" if c.runs else "none",
+                    f"{c.runs} ({c.bases} bases) x {c.questions}" if c.runs else "none",
                     cells.get("sign holds", ""),
                     "" if math.isnan(p) else f"{p:.2g}",
                     verdict + before,

@@ -59,10 +59,8 @@ ARMS = {
     "plain": (
         "sft", "sft_again", "iw_sft", "mft_mask", "mft_random", "poft", "ift", "caft", "smart", "dft",
     ),
-    "redundant": (
-        "sft", "sft_own_rate", "mft_mask", "mft_random", "mft_source", "mft_clean", "neftune", "dropout",
-        "scheduled",
-    ),
+    "redundant": ("sft", "sft_own_rate", "mft_mask", "mft_random", "mft_source", "mft_clean"),
+    "noises": ("sft", "mft_random", "neftune", "dropout", "scheduled"),
     "noisy": ("sft", "poft"),
     "graded": ("sft", "iw_sft", "iw_token", "iw_sum", "sft_q", "iw_q"),
     "twice": ("sft", "mft_second"),
@@ -77,9 +75,9 @@ PART_LRS = {"concepts": (5e-4, 1e-3, 2e-3)}
 # Variants of an arm take its learning rate; every other arm has the whole grid.
 LIKE = {"sft_again": "sft"}
 # Where an arm and its control must differ in nothing else, all arms of a part have one rate.
-ONE_RATE = {"redundant": 5e-4, "twice": 5e-4, "graded": 2e-4}
+ONE_RATE = {"redundant": 5e-4, "noises": 2e-4, "twice": 5e-4, "graded": 2e-4}
+SAME_TASK = {"noises": "redundant"}  # a part that is another one at another rate
 SAME_RATE = {"long": "plain"}  # a part that takes the learning rates of another
-LAST = ("mft_clean", "neftune", "dropout", "scheduled")
 CHOSEN = HERE / "scripts" / "supervised_lr.json"
 SETTINGS: dict[str, Any] = {
     "train_questions": 300,
@@ -229,8 +227,9 @@ def quality(completion: str) -> float:
 
 def one(part: str, arm: str, base: int, seed: int, *, split: str = "test", lr: float | None = None) -> dict:
     """Train one arm once and measure it; the line of the table."""
-    rows = data(part, base, seed, arm)
     lr = rate_of(part, arm) if lr is None else lr
+    part = SAME_TASK.get(part, part)
+    rows = data(part, base, seed, arm)
     kind = {"sft_q": "sft", "sft_own_rate": "sft"}.get(arm, arm)
     model, tokenizer = arms_of.train(
         kind, base, rows, steps=setting(part, "steps"), lr=lr, batch=setting(part, "batch"), seed=seed,
@@ -352,12 +351,15 @@ def table_path(part: str) -> Path:
 
 
 def join(parts: list[str]) -> None:
-    """All finished runs of each part into its table."""
+    """All runs of each part into its table; a part that lacks some is named and left out."""
     for part in parts:
         paths = [CACHE / f"{part}-{arm}-{b}-{s}.json" for b, s in RUNS for arm in ARMS[part]]
-        lab.save_table(
-            table_path(part), [json.loads(p.read_text()) for p in paths], settings=SETTINGS, code=CODE
-        )
+        missing = sum(not path.exists() for path in paths)
+        if missing:
+            print(f"{part}: {missing} of {len(paths)} runs missing")
+            continue
+        lines = [json.loads(path.read_text()) for path in paths]
+        lab.save_table(table_path(part), lines, settings=SETTINGS, code=CODE)
 
 
 def recheck(day: date, parts: list[str]) -> int:
@@ -407,7 +409,6 @@ def main() -> None:
             for part in parts
             for arm in ARMS[part]
         ]
-        jobs.sort(key=lambda job: job[1][1] in LAST)  # stable: what no claim needs comes last
         work_through(jobs, CACHE, one)
         if arguments.run is None:
             join(parts)

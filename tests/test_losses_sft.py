@@ -785,6 +785,8 @@ def test_refusals(f64):
         poft(f64(-1.0, -2.0), f64(-1.0, -2.0, -3.0))
     with pytest.raises(ValueError, match=r"poft: expected scores \[B\], got \[2, 4\]"):
         poft(logps, ref)
+    with pytest.raises(ValueError, match="poft: expected the scores of at least one aligned model"):
+        poft(f64(-1.0, -2.0), f64([[-1.0, -2.0]])[:0])
     with pytest.raises(ValueError, match="beta > 0"):
         poft(f64(-1.0), f64(-2.0), beta=0.0)
     with pytest.raises(ValueError, match="poft: expected denom > 0"):

@@ -219,6 +219,8 @@ def test_pack_shots_refusals():
         pack_shots([])
     with pytest.raises(ValueError, match="at least one row"):
         pack_shots(chain(1, 2))
+    with pytest.raises(ValueError, match="prompt and completion in row 1"):
+        pack_shots([chain(1, 2), {"prompt": "1?"}])
     words = [
         [{"role": "system", "content": word}, {"role": "user", "content": "1"}] for word in ("Add.", "Halve.")
     ]

@@ -148,3 +148,12 @@ def test_refusals():
     for sentinels in ([99, 99], [3]):
         with pytest.raises(ValueError, match="differ and do not occur"):
             span_corrupt(list(range(5)), sentinels=sentinels, rng=rng)
+
+
+@pytest.mark.errors  # the annotation asks for a sequence
+def test_tensors_are_read_as_numbers():
+    ids = torch.tensor([5, 6, 7, 8, 9, 10])
+    plain = span_corrupt(ids.tolist(), rate=0.5, sentinels=[90, 91], rng=random.Random(1))
+    assert span_corrupt(ids, rate=0.5, sentinels=[90, 91], rng=random.Random(1)) == plain
+    with pytest.raises(ValueError, match="sentinels that differ"):
+        span_corrupt(ids, rate=0.5, sentinels=[7, 91], rng=random.Random(1))

@@ -57,7 +57,8 @@ def future_heads(model: Any, n: int = 4, *, residual: bool = True) -> nn.ModuleL
 
     Source: CAFT (2025) arXiv:2506.07833 add_auxiliary_heads of the released code
     Basis: authors' code; the paper from memory.
-    Differs: the bias starts at 0 too, so that the head is the identity it is meant to be (the released one
+    Differs: the default is the linear head; the released runs take a block each (``residual=False``). The
+        bias starts at 0 too, so that the head is the identity it is meant to be (the released one
         keeps a random bias). A block is a copy of the last one; the released code copies the last but one and
         trains the heads first, on the hidden state below it, with the model frozen.
 

@@ -69,7 +69,13 @@ class Claim(NamedTuple):
         span = f"{_signed(self.effect)} [{_signed(self.low)}, {_signed(self.high)}]"
         signs = "" if math.isnan(self.sign_share) else f"in {self.sign_share:.0%} of runs"
         signs += "" if math.isnan(self.grid_share) else f", {self.grid_share:.0%} of settings"
-        counts = f"{self.seeds} seeds x {self.bases} bases x {self.questions} questions"
+        crossed = self.runs == self.seeds * self.bases
+        counts = (
+            f"{self.seeds} seeds x {self.bases} bases"
+            if crossed
+            else f"{self.runs} runs on {self.bases} bases"
+        )
+        counts += f" x {self.questions} questions"
         cells = {
             "claim": f"{self.paper}: {self.sentence}",
             "arm": f"{self.arm} {_number(self.arm_mean)}",

@@ -166,10 +166,10 @@ def microscope(
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    if prepare is not None:
-        shown = dict(batch)
-        batch = prepare(batch, 0)
+    shown = batch
     batch = {name: value.to(device) for name, value in batch.items()}
+    if prepare is not None:
+        batch = {name: value.to(device) for name, value in prepare(batch, 0).items()}
     logps = model_logps(model, batch).detach().float()
     model.train(training)
     records = []
@@ -178,7 +178,7 @@ def microscope(
         (slope,) = torch.autograd.grad(loss(leaf, batch, None), leaf, allow_unused=True)
         push = torch.zeros_like(leaf) if slope is None else -slope
         for i in range(len(chosen)):
-            for token in _tokens(batch if prepare is None else shown, i, tokenizer):
+            for token in _tokens(shown, i, tokenizer):
                 if token.pop("target"):
                     at = token["position"]
                     token |= {"logp": float(logps[i, at]), "push": float(push[i, at])}

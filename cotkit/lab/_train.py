@@ -152,9 +152,9 @@ def fit(
         torch.manual_seed(seed)
         for step in progress(range(steps), description):
             now = draw(step)
-            if prepare is not None:
-                now = prepare(now, step)
             now = {name: value.to(model.device) for name, value in now.items()}
+            if prepare is not None:
+                now = {name: value.to(model.device) for name, value in prepare(now, step).items()}
             for group in optimizer.param_groups:
                 group["lr"] = lr * _schedule(step, steps, warmup)
             value = backward(model, now, loss, count(now, unit), microbatch=microbatch, forward=forward)

@@ -230,7 +230,7 @@ def poft(
         Scalar, mean over rows; log 2 where both sides agree; 0 with zero gradient without rows.
 
     Raises:
-        ValueError: shapes differ, ``beta <= 0``, ``denom <= 0``.
+        ValueError: shapes differ, no aligned model, ``beta <= 0``, ``denom <= 0``.
         TypeError: a tensor is not floating.
 
     Source: PoFT (2024) arXiv:2412.12865
@@ -246,6 +246,10 @@ def poft(
     _check.floating("poft", scores=scores, ref_scores=ref_scores)
     _check.ndim("poft", "B", scores=scores)
     if ref_scores.dim() == 2:
+        if len(ref_scores) == 0:
+            raise ValueError(
+                "poft: expected the scores of at least one aligned model, got none. Pass [M, B]."
+            )
         ref_scores = ref_scores.mean(0)  # inside the sigmoid
     _check.same_shape("poft", scores=scores, ref_scores=ref_scores)
     _check.positive("poft", beta=beta)

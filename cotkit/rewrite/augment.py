@@ -119,6 +119,9 @@ def pack_shots(
     """
     if isinstance(rows, Mapping | str) or not rows:
         raise ValueError("pack_shots: expected a list of at least one row, got none. Pass [row].")
+    for i, row in enumerate(rows):
+        if not {"prompt", "completion"} <= set(row):
+            raise ValueError(f"pack_shots: expected prompt and completion in row {i}, got {sorted(row)}.")
     shots = list(rows) if rng is None else rng.sample(list(rows), len(rows))
     last = shots[-1]
     if sep is not None:

@@ -34,13 +34,14 @@ def strata(scores: Sequence[float], percentiles: Sequence[float] = (90, 95, 98))
     Source: iw-SFT (2025) arXiv:2507.12856 filter_data_func of the released control code
     Basis: authors' code: equal to its strata; the paper second-hand.
     Differs: nothing; a row *at* a threshold is in, so rows that share a score share their strata, and a
-        stratum can hold more rows than its percentile says.
+        stratum can hold more rows than its percentile says. A row without reward has no place in the data:
+        leave it out of the result where more than the lowest percentile of the rows have none.
 
     Example:
         >>> strata([0.3, 0.9, 0.1, 0.5], percentiles=(50, 75))  # thresholds 0.4 and 0.6
         [1, 3, 1]
     """
-    values = np.asarray(scores, dtype=float)
+    values = np.asarray(list(scores), dtype=float)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
         raise ValueError(
             f"strata: expected one finite score per row, got shape {list(values.shape)}"

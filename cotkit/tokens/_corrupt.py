@@ -145,6 +145,7 @@ def span_corrupt(
     """
     _check.at_least("span_corrupt", 1, mean_span=mean_span)
     _check.between("span_corrupt", 0, 1, rate=rate)
+    ids = [int(i) for i in ids]  # a tensor's entries would never equal a sentinel
     length = len(ids)
     if length < 2:
         raise ValueError(
