@@ -48,7 +48,7 @@ def test_first_number(text, number):
 
 
 def test_rubric():
-    reward = rubric(marks, "{prompt} {text}", scale=100, n=3)
+    reward = rubric(marks, "{prompt} {text}", scale=100.0, n=3)
     # (40 + 50 + 60) / 3 = 50; (85 + 95) / 2, for 105 is beyond the scale; nothing to be read
     assert ask(reward, ["40", "85", "200"]) == [0.5, 0.9, None]
     assert ask(rubric(lambda p, n: [["-0.5", "word"]] * len(p), "{text}", n=2), ["a"]) == [-0.5]

@@ -216,7 +216,7 @@ def test_repeated_ngrams_limits():
     assert repeated_ngrams([], 2) == []
     assert repeated_ngrams([1, 1], 3) == [0.0, 0.0]
     assert repeated_ngrams(list(range(40)) * 2) == [0.0] * 40 + [-0.05] * 40
-    assert repeated_ngrams([6, 6], 1, -2) == [0.0, -2.0]
+    assert repeated_ngrams([6, 6], 1, -2.0) == [0.0, -2.0]
     ids = [1, 2, 1, 2]
     assert repeated_ngrams(torch.tensor(ids), 2) == repeated_ngrams(ids, 2) == [0.0, 0.0, -0.05, -0.05]
     assert len(repeated_ngrams([7] * 20_000)) == 20_000

@@ -53,8 +53,8 @@ def test_linear_ramp_with_a_floor():
     texts = ["#### 2", "#### 2.000005", "#### 2.250005", "#### 2.499999999", "#### 2.5", "#### 9", "nothing"]
     assert ask(reward, texts, "2") == pytest.approx([1, 1, 0.505, 0.01, 0, 0, 0], abs=1e-6)
     # three quarters of a ramp from 1 to 3: 1 - 0.75
-    assert ask(closeness(absolute, full=1, zero=3, shape="linear"), ["#### 4.5"], "2") == [0.25]
-    assert ask(closeness(absolute, full=1, zero=3, floor=0.2), ["#### 4.5"], "2") == pytest.approx(
+    assert ask(closeness(absolute, full=1.0, zero=3.0, shape="linear"), ["#### 4.5"], "2") == [0.25]
+    assert ask(closeness(absolute, full=1.0, zero=3.0, floor=0.2), ["#### 4.5"], "2") == pytest.approx(
         [0.2 + 0.8 * (1 + math.cos(0.75 * math.pi)) / 2], abs=1e-12
     )
 
@@ -105,7 +105,7 @@ def test_f1_equals_the_authors(named, right, score):
 
 
 def test_f3_of_sorft():
-    reward = f_beta(split, beta=3, valid_column="files")
+    reward = f_beta(split, beta=3.0, valid_column="files")
     # precision 1/2, recall 1: 10 * 0.5 / (9 * 0.5 + 1) = 0.909; precision 1, recall 1/2: 10 * 0.5 / (9 + 0.5)
     assert ask(reward, ["a b"], "a", files="a b c") == pytest.approx([10 * 0.5 / 5.5], abs=1e-12)
     assert ask(reward, ["a"], "a b", files=["a", "b"]) == pytest.approx([10 * 0.5 / 9.5], abs=1e-12)

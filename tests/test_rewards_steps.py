@@ -200,7 +200,7 @@ def test_key_steps_of_right_wrong_and_missing_answers():
     inside = "<think>\n3+4=7\n</think>\n7*2=14, so the answer is 14"
     assert key_steps(accuracy())(["?"], [inside], answer=["14"], key_steps=[keys]) == [1.05]
     for text, found in (("1.7", 0), ("7.5", 0), ("7, 8", 1), ("17", 0), ("(7)", 1), ("7.", 1), ("7,000", 0)):
-        reward = key_steps(accuracy(), alpha=1)
+        reward = key_steps(accuracy(), alpha=1.0)
         assert reward(["?"], [text + " #### 1"], answer=["1"], key_steps=[["7"]]) == [1.0 + found], text
 
 

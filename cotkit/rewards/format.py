@@ -203,7 +203,7 @@ def _script_score(how: tuple[frozenset[str], float], completion: Any) -> float:
 
 
 # A letter's script is the first word of its Unicode name, but for the words that name no script.
-_SCRIPTS = {
+_SCRIPTS: dict[str, tuple[str, ...]] = {
     name: (name.upper(),)
     for name in re.findall(
         r"\w+",
