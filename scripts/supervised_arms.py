@@ -73,12 +73,8 @@ def train(
         how = {
             "loss": lambda logps, b, denom: nll(logps, b["mask"], weights=logps.detach().exp(), denom=denom)
         }
-    elif arm in ("ift", "ift_code"):
-        how = {
-            "loss": _ift(arm == "ift_code"),
-            "unit": "sequence",
-            "prepare": ift_prepare(model, settings["ift_lam"]),
-        }
+    elif arm == "ift":
+        how = {"loss": _ift, "unit": "sequence", "prepare": ift_prepare(model, settings["ift_lam"])}
     elif arm == "smart":
         how = {"loss": _smart, "forward": smart_forward(settings, seed)}
     elif arm == "caft":
