@@ -18,6 +18,9 @@ from cotkit.adapters.modules import future_heads, future_logps
 from cotkit.lab._model import CHECKPOINTS
 from cotkit.losses.regularize import adversarial
 from cotkit.losses.sft import ift_inputs, ift_weights, iw_sft, multi_token, nll, poft
+from cotkit.select.curriculum import schedule
+
+from sweep_spine import sft_loss  # isort: skip
 
 HERE = Path(__file__).resolve().parent.parent
 MORE_BASES = HERE / "out" / "bases"  # pre-trained on demand: python -m cotkit.lab out/bases --seeds 3 4
@@ -62,7 +65,7 @@ def train(
     """Train base ``base`` on ``rows`` as ``arm`` does, for the price of ``steps`` SFT steps."""
     model, tokenizer = base_model(base)
     taken = steps_for(arm, steps, len(rows), batch)
-    how: dict[str, Any] = {"loss": _sft}
+    how: dict[str, Any] = {"loss": sft_loss}
     if arm in ("iw_sft", "iw_token", "iw_q", "iw_sum", "poft"):
         rows = with_reference(arm, base, rows, model, tokenizer)
     if arm.startswith("iw"):
@@ -90,10 +93,6 @@ def train(
     if hasattr(model, "future_heads"):
         del model.future_heads
     return model, tokenizer
-
-
-def _sft(logps: torch.Tensor, batch: dict, denom: Any) -> torch.Tensor:
-    return nll(logps, batch["mask"], denom=denom)
 
 
 def _iw(arm: str) -> Callable:
@@ -198,13 +197,18 @@ def caft(model: Any, tokenizer: Any, rows: list, steps: int, batch: int, seed: i
         p.requires_grad_(True)
 
     def prepare(b: dict, step: int) -> dict:
-        b["alpha"] = torch.tensor(0.01 * math.sin(math.pi / 2 * (steps - step) / steps))
+        b["alpha"] = torch.tensor(0.01 * schedule(step, steps, 1.0, 0.0, kind="half-sine"))
         return b
 
     def loss(out: tuple, _: dict, __: Any) -> torch.Tensor:
         return multi_token(out[0], out[1], alpha=float(out[2]))
 
     return {"loss": loss, "forward": forward, "prepare": prepare}
+
+
+def warmed_up(rate: float, step: int, steps: int) -> float:
+    """MFT's share of noise at a step: rising from 0 over the first two thirds of training."""
+    return schedule(step, 2 / 3 * steps + 1, 0.0, rate)
 
 
 def mft_prepare(arm: str, model: Any, tokenizer: Any, steps: int, seed: int, settings: dict) -> Callable:
@@ -215,7 +219,7 @@ def mft_prepare(arm: str, model: Any, tokenizer: Any, steps: int, seed: int, set
 
     def prepare(batch: dict, step: int) -> dict:
         ids, where = batch["input_ids"], batch["mask"]
-        now = min(rate, rate * step / (2 / 3 * steps + 1))
+        now = warmed_up(rate, step, steps)
         replacement = None
         if second:
             where = where & (batch["steps"] % 2 == 1)
@@ -245,7 +249,7 @@ def noise_prepare(arm: str, model: Any, steps: int, seed: int, settings: dict) -
     rate = settings["mft_rate"]
 
     def prepare(batch: dict, step: int) -> dict:
-        now = min(rate, rate * step / (2 / 3 * steps + 1))
+        now = warmed_up(rate, step, steps)
         embeds = model.get_input_embeddings()(batch["input_ids"])
         hit = (torch.rand(batch["mask"].shape, generator=generator) < now) & batch["mask"]
         if arm == "neftune":

@@ -17,7 +17,6 @@ import functools
 import json
 import os
 import random
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,14 +28,14 @@ from cotkit import lab, tokens
 from cotkit.bootstrap.reject import sample_and_score
 from cotkit.losses.preference import constraint_alignment, dpo_ranked, pro, rrhf
 from cotkit.losses.sft import nll
-from cotkit.metrics import assessment_accuracy
 from cotkit.rewards.answer import accuracy
 from cotkit.rewards.steps import equations
 from cotkit.rewrite.pairs import ranked
 from cotkit.tasks.arithmetic import countdown, reaches_target, word_problem
 
 import supervised_arms as arms_of  # isort: skip
-from sweeping import work_through  # isort: skip
+import sweep_spine as spine  # isort: skip
+from sweeping import choose_rates, work_through  # isort: skip
 
 HERE = Path(__file__).resolve().parent.parent
 RESULTS = HERE / "notebooks" / "results"
@@ -103,7 +102,14 @@ def start(base: int, seed: int, split: str) -> dict[str, Any]:
     model, tokenizer = arms_of.base_model(base)
     rows = lab.rows(STORY, "train", n=s["train_questions"], seed=seed)
     lab.fit(
-        model, tokenizer, rows, sft, steps=s["sft_steps"], lr=s["sft_lr"], batch=s["sft_batch"], seed=seed
+        model,
+        tokenizer,
+        rows,
+        spine.sft_loss,
+        steps=s["sft_steps"],
+        lr=s["sft_lr"],
+        batch=s["sft_batch"],
+        seed=seed,
     )
     groups = draw(model, tokenizer, rows, seed)
     test = lab.rows(STORY, split, n=s["test_questions"], seed=0)
@@ -123,11 +129,6 @@ def draw(model: Any, tokenizer: Any, rows: list[dict], seed: int) -> list[dict]:
     """Samples of every row, scored."""
     generate = lab.generator(model, tokenizer, max_new_tokens=SETTINGS["max_new_tokens"], seed=seed)
     return sample_and_score(rows, generate, accuracy(), n=SETTINGS["samples"])
-
-
-def sft(logps: torch.Tensor, batch: dict, denom: Any) -> torch.Tensor:
-    """Negative log-likelihood of every completion token, averaged over tokens."""
-    return nll(logps, batch["mask"], denom=denom)
 
 
 def group_loss(arm: str) -> Callable:
@@ -195,7 +196,7 @@ def go_on(arm: str, state: dict, lr: float, seed: int, watch: Callable) -> Any:
             spent = sum(len(tokenizer(t)["input_ids"]) for g in state["groups"] for t in g["completions"])
             size = tokens.encode(rows, tokenizer)["attention_mask"].sum(1).float().mean().item()
             how["steps"] += round(spent / (3 * s["chains_a_step"] * size))  # writing is a third of training
-        lab.fit(model, tokenizer, rows, sft, batch=s["chains_a_step"], **how)
+        lab.fit(model, tokenizer, rows, spine.sft_loss, batch=s["chains_a_step"], **how)
         return model
     batch = max(1, round(s["chains_a_step"] * len({row["group"] for row in rows}) / len(rows)))
     columns = ["rank", "gold", *(["quality", "ref"] if "quality" in rows[0] else [])]
@@ -221,7 +222,7 @@ def one(part: str, arm: str, base: int, seed: int, *, split: str = "test", lr: f
             if step in s["watch"] and part == "story" and split == "test":
                 few = test[: s["watch_questions"]]
                 track["watched_accuracy"].append(float(np.mean(right(model, few, accuracy()))))
-                track["watched_perplexity"].append(perplexity(model, tokenizer, few))
+                track["watched_perplexity"].append(spine.reference_perplexity(model, tokenizer, few))
                 model.train()
             return batch
 
@@ -239,26 +240,13 @@ def one(part: str, arm: str, base: int, seed: int, *, split: str = "test", lr: f
     }
     if split != "test":
         return line
-    line["assessment_train"] = assess(model, tokenizer, state["seen"])
-    line["assessment_test"] = assess(model, tokenizer, state["unseen"])
-    line["perplexity"] = perplexity(model, tokenizer, test[: s["assess_questions"]])
+    line["assessment_train"] = spine.assess(model, tokenizer, state["seen"])
+    line["assessment_test"] = spine.assess(model, tokenizer, state["unseen"])
+    line["perplexity"] = spine.reference_perplexity(model, tokenizer, test[: s["assess_questions"]])
     other = lab.rows(OTHER, split, n=s["other_questions"], seed=0)
     line["other_task"] = right(model, other, reaches_target)
     empty = [float("nan")] * len(s["watch"])
     return line | {name: values or empty for name, values in track.items()}
-
-
-def assess(model: Any, tokenizer: Any, flat: list[dict]) -> list[float]:
-    """Share of (right, wrong) pairs in the right order, per question; NaN where a question has no pair."""
-    group = torch.tensor([row["group"] for row in flat])
-    scores, valid = tokens.grouped(lab.score(model, tokenizer, flat), group)
-    rank, _ = tokens.grouped(torch.tensor([row["rank"] for row in flat]), group)
-    return [assessment_accuracy(*(x[None] for x in q)) for q in zip(scores, rank == 0, valid, strict=True)]
-
-
-def perplexity(model: Any, tokenizer: Any, rows: list[dict]) -> float:
-    """Perplexity of the reference chains, per token, averaged over chains."""
-    return float(lab.score(model, tokenizer, rows).neg().exp().mean())
 
 
 def tune(parts: list[str]) -> None:
@@ -270,18 +258,7 @@ def tune(parts: list[str]) -> None:
     def do(part: str, arm: str, lr: float) -> dict:
         return one(part, arm, 1, 101, split="validation", lr=lr)
 
-    work_through(list(grid.items()), CACHE / "tune", do)
-    while not all((CACHE / "tune" / f"{name}.json").exists() for name in grid):
-        time.sleep(2)  # another process is at it
-    found: dict[str, dict[float, float]] = {}
-    for name, (_, arm, lr) in grid.items():
-        line = json.loads((CACHE / "tune" / f"{name}.json").read_text())
-        found.setdefault(arm, {})[lr] = float(np.mean(line["accuracy"]))
-    best = json.loads(CHOSEN.read_text()) if CHOSEN.exists() else {}
-    for arm, values in found.items():
-        best[arm] = max(values, key=lambda lr: values[lr])
-        print(arm, {lr: round(v, 3) for lr, v in values.items()}, "->", best[arm])
-    CHOSEN.write_text(json.dumps(dict(sorted(best.items())), indent=1) + "\n")
+    choose_rates(grid, CACHE / "tune", do, lambda _, arm: arm, CHOSEN)
 
 
 def join(parts: list[str]) -> None:

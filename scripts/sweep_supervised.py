@@ -17,7 +17,6 @@ import json
 import os
 import random
 import sys
-import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -34,7 +33,7 @@ from cotkit.select.quality import strata
 from cotkit.tasks.arithmetic import countdown, reaches_target, word_problem
 
 import supervised_arms as arms_of  # isort: skip
-from sweeping import work_through  # isort: skip
+from sweeping import choose_rates, work_through  # isort: skip
 
 HERE = Path(__file__).resolve().parent.parent
 RESULTS = HERE / "notebooks" / "results"
@@ -331,18 +330,7 @@ def tune(parts: list[str]) -> None:
     def do(part: str, arm: str, lr: float) -> dict:
         return one(part, arm, 1, 101, split="validation", lr=lr)
 
-    work_through(list(grid.items()), CACHE / "tune", do)
-    while not all((CACHE / "tune" / f"{name}.json").exists() for name in grid):
-        time.sleep(2)  # another process is at it
-    found: dict[str, dict[float, float]] = {}
-    for name, (part, arm, lr) in grid.items():
-        line = json.loads((CACHE / "tune" / f"{name}.json").read_text())
-        found.setdefault(f"{part}/{arm}", {})[lr] = float(np.mean(line["accuracy"]))
-    best = json.loads(CHOSEN.read_text()) if CHOSEN.exists() else {}
-    for name, values in found.items():
-        best[name] = max(values, key=lambda lr: values[lr])
-        print(name, {lr: round(v, 3) for lr, v in values.items()}, "->", best[name])
-    CHOSEN.write_text(json.dumps(dict(sorted(best.items())), indent=1) + "\n")
+    choose_rates(grid, CACHE / "tune", do, lambda part, arm: f"{part}/{arm}", CHOSEN)
 
 
 def table_path(part: str) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,3 +33,24 @@ def work_through(jobs: list[tuple], folder: Path, do: Callable) -> None:
             k: round(float(np.nanmean(v)), 3) for k, v in line.items() if k not in ("arm", "base", "seed")
         }
         print(name, means, flush=True)
+
+
+def choose_rates(
+    grid: dict[str, tuple], folder: Path, do: Callable, name_of: Callable[[str, str], str], chosen: Path
+) -> None:
+    """Run a grid ``{job: (part, arm, learning rate)}`` and write the rate with the best accuracy of each arm.
+
+    Waits for the jobs that other processes have begun; ``chosen`` keeps what other grids chose before.
+    """
+    work_through(list(grid.items()), folder, do)
+    while not all((folder / f"{job}.json").exists() for job in grid):
+        time.sleep(2)
+    found: dict[str, dict[float, float]] = {}
+    for job, (part, arm, lr) in grid.items():
+        line = json.loads((folder / f"{job}.json").read_text())
+        found.setdefault(name_of(part, arm), {})[lr] = float(np.mean(line["accuracy"]))
+    best = json.loads(chosen.read_text()) if chosen.exists() else {}
+    for name, values in found.items():
+        best[name] = max(values, key=lambda lr: values[lr])
+        print(name, {lr: round(v, 3) for lr, v in values.items()}, "->", best[name])
+    chosen.write_text(json.dumps(dict(sorted(best.items())), indent=1) + "\n")
