@@ -1,300 +1,265 @@
 """The sweep behind notebook 03: AFT's story, experiment by experiment, at equal compute, over five bases.
 
-    python scripts/sweep_alignment.py             everything -> notebooks/results/alignment_*.csv
-    python scripts/sweep_alignment.py --tune      the learning-rate grid on validation questions
-    python scripts/sweep_alignment.py --part story  one part only; --join joins what is done
+    python scripts/sweep_alignment.py             everything -> out/alignment, one file a run
+    python scripts/sweep_alignment.py --tune      the grid of every arm on validation questions
+    python scripts/sweep_alignment.py --part story  one part only (may be repeated)
+    python scripts/sweep_alignment.py --join      finished runs -> notebooks/results/alignment_*.csv
+    python scripts/sweep_alignment.py --recheck   one arm and run drawn by the date, against its table
 
-Parts: "story" (which feedback, which constraint, against the fair controls), "beta" (how far below a wrong
-chain may sink), "ranking" (feedback of several levels: AFT, RRHF, PRO, DPO, without and with a constraint),
-"size" (chains of a group). Every arm goes on from the same fine-tuned model of its base and seed and trains
-on as many chains; ``sft_more`` spends on further steps what the others spend on sampling. Several processes
-may run at once. A run is one base checkpoint with one seed of its own.
+Parts: "story" (which feedback, which constraint, against the fair controls), "beta" (how far below a right
+chain a wrong one may sink), "ranking" (feedback of several levels: AFT, RRHF, PRO, DPO, without and with a
+constraint), "size" (chains of a group), "both" (two tasks at once), "long" (three times the steps), "family"
+(pairs of other papers, discriminative fine-tuning), "squeeze" (off-policy DPO watched), "course" (assessment
+and accuracy while SFT trains), "gsm8k" (real chains). Every arm but those of "squeeze" and "gsm8k" goes on
+from the same fine-tuned model of its base and seed and trains on as many chains; ``sft_more`` spends on
+further steps what the others spend on sampling. A run is one base checkpoint with one seed of its own.
+Several processes may run at once.
 """
 
 import argparse
-import copy
 import functools
 import json
 import os
-import random
+import sys
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from cotkit import lab, tokens
-from cotkit.bootstrap.reject import sample_and_score
-from cotkit.losses.preference import constraint_alignment, dpo_ranked, pro, rrhf
-from cotkit.losses.sft import nll
 from cotkit.rewards.answer import accuracy
-from cotkit.rewards.steps import equations
-from cotkit.rewrite.pairs import ranked
-from cotkit.tasks.arithmetic import countdown, reaches_target, word_problem
+from cotkit.tasks.arithmetic import reaches_target
 
-import supervised_arms as arms_of  # isort: skip
+import alignment_arms as arms_of  # isort: skip
+import alignment_gsm8k as real  # isort: skip
 import sweep_spine as spine  # isort: skip
-from sweeping import choose_rates, work_through  # isort: skip
+from alignment_arms import SETTINGS  # isort: skip
+from sweeping import choose_settings, rerun_one, work_through  # isort: skip
 
 HERE = Path(__file__).resolve().parent.parent
 RESULTS = HERE / "notebooks" / "results"
 CACHE = HERE / "out" / "alignment"
-CODE = (
+LOSSES = "cotkit/losses/preference.py::"
+CODE = [
     "scripts/sweep_alignment.py::one",
-    "cotkit/losses/preference.py::constraint_alignment",
-    "cotkit/losses/preference.py::rrhf",
-    "cotkit/losses/preference.py::pro",
-    "cotkit/losses/preference.py::dpo_ranked",
+    LOSSES + "constraint_alignment",
     "cotkit/losses/sft.py::nll",
     "cotkit/rewrite/pairs.py::ranked",
     "cotkit/tasks/arithmetic.py::word_problem",
-)
+]
+# What else the runs of a part go through.
+PART_CODE = {
+    "ranking": [LOSSES + name for name in ("rrhf", "pro", "dpo_ranked")],
+    "family": [LOSSES + name for name in ("dpo", "orpo", "discriminative", "discriminative_log_z")]
+    + ["cotkit/rewrite/pairs.py::pairs", "cotkit/rewrite/pairs.py::prefix_pairs"],
+    "squeeze": [LOSSES + "dpo", "cotkit/rewrite/structure.py::inject_error"],
+    "gsm8k": ["scripts/alignment_gsm8k.py::run", "cotkit/rewrite/structure.py::inject_error"],
+}
 # Base checkpoint and seed of every run.
 RUNS = ((0, 0), (1, 1), (2, 2), (3, 3), (4, 4))
 ARMS = {
+    "course": ("sft",),
     "story": (
         "sft", "sft_more", "self_training", "align_plain", "align_plain_same_lr", "aft_detach",
         "aft_boundary", "aft_all_right",
+    ),
+    "long": (
+        "long_self_training", "long_align_plain", "long_align_plain_same_lr", "long_aft_detach",
+        "long_aft_boundary",
     ),
     "ranking": (
         "rank_plain", "rank_boundary", "rrhf_plain", "rrhf_boundary", "pro_plain", "pro_boundary",
         "dpo_plain", "dpo_boundary",
     ),
-    "beta": ("beta_0.05", "beta_0.3", "beta_0.6", "beta_1.2"),
+    "both": (
+        "both_sft", "both_sft_more", "both_self_training", "both_align_plain", "both_aft_detach",
+        "both_aft_boundary",
+    ),
+    "squeeze": ("dpo", "dpo_detach", "extend"),
+    "beta": ("beta_0.05", "beta_0.15", "beta_0.5", "beta_1.5"),
     "size": ("size_1", "size_2", "size_5"),
+    "family": ("own_dpo", "orpo_process", "step_dpo", "whole_dpo", "vote_sft", "discriminative"),
+    "gsm8k": ("all",),
 }  # fmt: skip
-LRS = (3e-5, 1e-4, 3e-4)
-CHOSEN = HERE / "scripts" / "alignment_lr.json"
-SETTINGS: dict[str, Any] = {
-    "train_questions": 300,
-    "sft_steps": 48,
-    "sft_batch": 48,
-    "sft_lr": 2e-4,
-    "samples": 8,
-    "keep": 3,
-    "more_steps": 20,
-    "chains_a_step": 56,
-    "boundary": 0.15,
-    "lr": json.loads(CHOSEN.read_text()) if CHOSEN.exists() else {},
-    "watch": [4, 9, 14, 19],
-    "watch_questions": 100,
-    "max_new_tokens": 60,
-    "test_questions": 400,
-    "assess_questions": 80,
-    "other_questions": 200,
-}
-STORY = functools.partial(word_problem, steps=(3, 3))
-OTHER = functools.partial(countdown, numbers=3, target=None, signs="+-", operand=20)
+TUNED = ("story", "ranking", "family")
+# Parts whose tables also show these arms of the story.
+WITH_STORY = ("beta", "ranking", "size", "family")
 
 
-def rate_of(arm: str) -> float:
-    """The learning rate that the grid chose; variants of AFT's boundary take its own."""
-    if arm.startswith(("beta_", "size_")) or arm == "align_plain_same_lr":
-        arm = "aft_boundary"
-    return SETTINGS["lr"][arm]
-
-
-@functools.lru_cache(maxsize=1)
-def start(base: int, seed: int, split: str) -> dict[str, Any]:
-    """The fine-tuned model of a run, its samples on the training questions, and what it is measured on."""
-    s = SETTINGS
-    model, tokenizer = arms_of.base_model(base)
-    rows = lab.rows(STORY, "train", n=s["train_questions"], seed=seed)
-    lab.fit(
-        model,
-        tokenizer,
-        rows,
-        spine.sft_loss,
-        steps=s["sft_steps"],
-        lr=s["sft_lr"],
-        batch=s["sft_batch"],
-        seed=seed,
-    )
-    groups = draw(model, tokenizer, rows, seed)
-    test = lab.rows(STORY, split, n=s["test_questions"], seed=0)
-    held_out = draw(model, tokenizer, test[: s["assess_questions"]], seed + 500)
-    return {
-        "model": model,
-        "tokenizer": tokenizer,
-        "rows": rows,
-        "groups": groups,
-        "test": test,
-        "seen": ranked(groups[: s["assess_questions"]], reference=False),
-        "unseen": ranked(held_out, reference=False),
-    }
-
-
-def draw(model: Any, tokenizer: Any, rows: list[dict], seed: int) -> list[dict]:
-    """Samples of every row, scored."""
-    generate = lab.generator(model, tokenizer, max_new_tokens=SETTINGS["max_new_tokens"], seed=seed)
-    return sample_and_score(rows, generate, accuracy(), n=SETTINGS["samples"])
-
-
-def group_loss(arm: str) -> Callable:
-    """Likelihood of the reference (or of every right chain) plus the ranking term of an arm."""
-    constraint = "boundary" if "boundary" in arm or arm.startswith(("beta", "size", "aft_all")) else None
-    constraint = "detach" if arm == "aft_detach" else constraint
-    beta = float(arm.removeprefix("beta_")) if arm.startswith("beta_") else SETTINGS["boundary"]
-
-    def loss(logps: torch.Tensor, batch: dict, denom: Any) -> torch.Tensor:
-        means, valid = tokens.grouped(tokens.seq_logps(logps, batch["mask"], mean=True), batch["group"])
-        rank, _ = tokens.grouped(batch["rank"], batch["group"])
-        liked = batch["gold"] == 1 if arm != "aft_all_right" else batch["rank"] == 0
-        count = liked.sum() if arm == "aft_all_right" else denom
-        likelihood = nll(logps, batch["mask"] & liked[:, None], per="sequence", denom=count)
-        how = {"constraint": constraint, "boundary": beta, "denom": denom}
-        if arm.startswith("rrhf"):
-            return likelihood + rrhf(means, rank, valid, **how)
-        if arm.startswith("pro"):
-            quality, _ = tokens.grouped(batch["quality"].float(), batch["group"])
-            return likelihood + pro(means, quality, valid, **how)
-        if arm.startswith("dpo"):
-            sums, _ = tokens.grouped(tokens.seq_logps(logps, batch["mask"]), batch["group"])
-            ref, _ = tokens.grouped(batch["ref"].float(), batch["group"])
-            return likelihood + dpo_ranked(sums, rank, valid, ref_scores=ref, **how)
-        return likelihood + constraint_alignment(means, rank, valid, **how)
-
-    return loss
-
-
-def chains(arm: str, state: dict, seed: int) -> list[dict]:
-    """The rows an arm trains on: groups of ranked chains, right chains alone, or the references."""
-    most = int(arm.removeprefix("size_")) if arm.startswith("size_") else SETTINGS["keep"]
-    flat = ranked(state["groups"], most=most, rng=random.Random(seed))
-    if arm == "self_training":
-        return [row for row in flat if row["rank"] == 0]
-    if arm.startswith(("rank", "rrhf", "pro", "dpo")):
-        return graded(flat, state)
-    return flat
-
-
-def graded(flat: list[dict], state: dict) -> list[dict]:
-    """Feedback of several levels: right or wrong first, then the share of equations that hold."""
-    texts = [row["completion"] for row in flat]
-    shares = equations()([row["prompt"] for row in flat], texts)
-    quality = [(row["rank"] == 0) + 0.5 * share for row, share in zip(flat, shares, strict=True)]
-    ref = lab.score(state["model"], state["tokenizer"], flat, mean=False)
-    levels: dict[int, list[float]] = {}
-    for row, q in zip(flat, quality, strict=True):
-        levels.setdefault(row["group"], []).append(q)
-    order = {group: sorted(set(found), reverse=True) for group, found in levels.items()}
-    return [
-        row | {"quality": q, "rank": order[row["group"]].index(q), "ref": float(r)}
-        for row, q, r in zip(flat, quality, ref, strict=True)
-    ]
-
-
-def go_on(arm: str, state: dict, lr: float, seed: int, watch: Callable) -> Any:
-    """Train one arm from the fine-tuned model; returns the new model."""
-    s, model, tokenizer = SETTINGS, copy.deepcopy(state["model"]), state["tokenizer"]
-    rows = chains(arm, state, seed)
-    how: dict[str, Any] = {"lr": lr, "seed": seed, "description": arm, "steps": s["more_steps"]}
-    if arm in ("sft_more", "self_training"):
-        if arm == "sft_more":
-            rows = state["rows"]
-            spent = sum(len(tokenizer(t)["input_ids"]) for g in state["groups"] for t in g["completions"])
-            size = tokens.encode(rows, tokenizer)["attention_mask"].sum(1).float().mean().item()
-            how["steps"] += round(spent / (3 * s["chains_a_step"] * size))  # writing is a third of training
-        lab.fit(model, tokenizer, rows, spine.sft_loss, batch=s["chains_a_step"], **how)
-        return model
-    batch = max(1, round(s["chains_a_step"] * len({row["group"] for row in rows}) / len(rows)))
-    columns = ["rank", "gold", *(["quality", "ref"] if "quality" in rows[0] else [])]
-    lab.fit(
-        model, tokenizer, rows, group_loss(arm), batch=batch, unit="group", columns=columns,
-        prepare=watch(model), **how,
-    )  # fmt: skip
-    return model
-
-
-def one(part: str, arm: str, base: int, seed: int, *, split: str = "test", lr: float | None = None) -> dict:
+def one(
+    part: str,
+    arm: str,
+    base: int,
+    seed: int,
+    *,
+    split: str = "test",
+    setting: tuple[float, float] | None = None,
+) -> dict[str, Any]:
     """Train one arm once and measure it; the line of the table."""
-    s, state = SETTINGS, start(base, seed, split)
-    tokenizer, test = state["tokenizer"], state["test"]
-    track: dict[str, list[float]] = {"watched_accuracy": [], "watched_perplexity": []}
+    line: dict[str, Any] = {"arm": arm, "base": base, "seed": seed}
+    if part == "squeeze":
+        model, found = arms_of.squeezed(arm, base, seed, split)
+        state = arms_of.start(base, seed, split)
+        return line | found | {"accuracy": right(model, state, state["test"], accuracy())}
+    if part == "course":
+        return line | course(base, seed, split)
+    state = arms_of.start(base, seed, split, part == "both")
+    model, track = state["model"], dict[str, list[float]]()
+    if arm not in ("sft", "both_sft"):
+        watch = functools.partial(watched, state, track) if part in ("story", "long") else None
+        lr, knob = arms_of.chosen_for(arm) if setting is None else setting
+        model = arms_of.go_on(arm, state, lr, knob, seed, watch if split == "test" else None)
+    elif part == "story":  # nothing was trained, so nothing was watched
+        track = {name: [float("nan")] * 4 for name in ("watched_accuracy", "watched_perplexity")}
+    line["accuracy"] = right(model, state, state["test"], accuracy())
+    return line if split != "test" else line | measured(model, state, split) | track
 
-    def right(model: Any, rows: list[dict], reward: Callable) -> list[float]:
-        greedy = lab.generator(model, tokenizer, temperature=0, max_new_tokens=s["max_new_tokens"])
-        return lab.evaluate(greedy, rows, {"right": reward})["right"].tolist()
 
-    def watch(model: Any) -> Callable:
-        def prepare(batch: dict, step: int) -> dict:
-            if step in s["watch"] and part == "story" and split == "test":
-                few = test[: s["watch_questions"]]
-                track["watched_accuracy"].append(float(np.mean(right(model, few, accuracy()))))
-                track["watched_perplexity"].append(spine.reference_perplexity(model, tokenizer, few))
-                model.train()
-            return batch
+def right(model: Any, state: dict, rows: list[dict], reward: Callable) -> list[float]:
+    """The reward of one greedy completion per row."""
+    greedy = lab.generator(
+        model, state["tokenizer"], temperature=0, max_new_tokens=SETTINGS["max_new_tokens"]
+    )
+    return lab.evaluate(greedy, rows, {"right": reward})["right"].tolist()
 
-        return prepare
 
-    if arm == "sft":
-        model = state["model"]
-    else:
-        model = go_on(arm, state, rate_of(arm) if lr is None else lr, seed, watch)
-    line: dict[str, Any] = {
-        "arm": arm,
-        "base": base,
-        "seed": seed,
-        "accuracy": right(model, test, accuracy()),
+def measured(model: Any, state: dict, split: str) -> dict[str, Any]:
+    """Everything about a trained model but its accuracy."""
+    s, tokenizer = SETTINGS, state["tokenizer"]
+    greedy = lab.generator(model, tokenizer, temperature=0, max_new_tokens=s["max_new_tokens"])
+    written = [texts[0] for texts in greedy([row["prompt"] for row in state["test"]], 1)]
+    other, larger = (
+        lab.rows(task, split, n=s["shift_questions"], seed=0) for task in (arms_of.OTHER, arms_of.LARGER)
+    )
+    return {
+        "assessment_train": spine.assess(model, tokenizer, state["seen"]),
+        "assessment_test": spine.assess(model, tokenizer, state["unseen"]),
+        "perplexity": spine.reference_perplexity(model, tokenizer, state["test"][: s["assess_questions"]]),
+        "larger_numbers": right(model, state, larger, accuracy()),
+        "other_task": right(model, state, other, reaches_target),
+        "answered": float(np.mean([tokens.FORMATS["think"].parse(text).ok for text in written])),
+        "length": float(np.mean([len(tokenizer(text)["input_ids"]) for text in written])),
     }
-    if split != "test":
-        return line
-    line["assessment_train"] = spine.assess(model, tokenizer, state["seen"])
-    line["assessment_test"] = spine.assess(model, tokenizer, state["unseen"])
-    line["perplexity"] = spine.reference_perplexity(model, tokenizer, test[: s["assess_questions"]])
-    other = lab.rows(OTHER, split, n=s["other_questions"], seed=0)
-    line["other_task"] = right(model, other, reaches_target)
-    empty = [float("nan")] * len(s["watch"])
-    return line | {name: values or empty for name, values in track.items()}
+
+
+def watched(state: dict, track: dict[str, list[float]], model: Any) -> Callable:
+    """A ``prepare`` that keeps accuracy and perplexity on a few questions while an arm trains."""
+    s = SETTINGS
+    few = state["test"][: s["watch_questions"]]
+    track |= {"watched_accuracy": [], "watched_perplexity": []}
+
+    def prepare(batch: dict, step: int) -> dict:
+        if step in s["watch"]:
+            track["watched_accuracy"].append(float(np.mean(right(model, state, few, accuracy()))))
+            track["watched_perplexity"].append(spine.reference_perplexity(model, state["tokenizer"], few))
+            model.train()
+        return batch
+
+    return prepare
+
+
+def course(base: int, seed: int, split: str) -> dict[str, Any]:
+    """SFT once more, stopped on its way: accuracy, and assessment of what the finished model wrote."""
+    s, state = SETTINGS, arms_of.start(base, seed, split)
+    model, tokenizer = arms_of.base_model(base)
+    track: dict[str, list[float]] = {"accuracy": [], "assessment_train": [], "assessment_test": []}
+
+    def look() -> None:
+        track["accuracy"].append(float(np.mean(right(model, state, state["test"], accuracy()))))
+        for name, chains in (("assessment_train", "seen"), ("assessment_test", "unseen")):
+            track[name].append(float(np.nanmean(spine.assess(model, tokenizer, state[chains]))))
+        model.train()
+
+    def prepare(batch: dict, step: int) -> dict:
+        if step in s["course"]:
+            look()
+        return batch
+
+    how = {"steps": s["sft_steps"], "lr": s["sft_lr"], "batch": s["sft_batch"], "seed": seed}
+    lab.fit(model, tokenizer, state["rows"], spine.sft_loss, prepare=prepare, **how)
+    look()
+    together = float(np.corrcoef(track["accuracy"], track["assessment_train"])[0, 1])
+    new = float(np.corrcoef(track["accuracy"], track["assessment_test"])[0, 1])
+    return track | {"correlation": together, "correlation_new": new}
 
 
 def tune(parts: list[str]) -> None:
-    """The same grid of learning rates for every arm, on validation questions, with a seed of its own."""
-    arms = [arm for part in parts if part in ("story", "ranking") for arm in ARMS[part]]
+    """As many settings for every arm, on validation questions, with a seed of its own."""
+    arms = [arm for part in parts if part in TUNED for arm in ARMS[part]]
     arms = [arm for arm in arms if arm not in ("sft", "align_plain_same_lr")]
-    grid = {f"{arm}-{lr}": ("tune", arm, lr) for arm in arms for lr in LRS}
+    grid = {
+        f"{arm}-{lr}-{knob}": ("tune", arm, (lr, knob)) for arm in arms for lr, knob in arms_of.grid_of(arm)
+    }
 
-    def do(part: str, arm: str, lr: float) -> dict:
-        return one(part, arm, 1, 101, split="validation", lr=lr)
+    def do(part: str, arm: str, setting: tuple[float, float]) -> dict:
+        return one(part, arm, 1, 101, split="validation", setting=setting)
 
-    choose_rates(grid, CACHE / "tune", do, lambda _, arm: arm, CHOSEN)
+    choose_settings(grid, CACHE / "tune", do, lambda _, arm: arm, arms_of.CHOSEN)
+
+
+def run_job(part: str, arm: str, base: int, seed: int) -> Any:
+    """One run of the sweep."""
+    return real.run(base, seed) if part == "gsm8k" else one(part, arm, base, seed)
+
+
+def table_path(part: str) -> Path:
+    """Where the table of a part lies."""
+    return RESULTS / f"alignment_{part}.csv"
+
+
+def settings_of(part: str) -> dict[str, Any]:
+    """The settings that the table of a part depends on."""
+    return real.SETTINGS if part == "gsm8k" else SETTINGS
 
 
 def join(parts: list[str]) -> None:
-    """All finished runs of each part into its table; the later parts carry the story's lines they need."""
+    """All finished runs of each part into its table; some carry lines of the story beside their own."""
     for part in parts:
-        arms = ARMS[part] if part == "story" else (*ARMS[part], "sft", "self_training", "aft_boundary")
+        own = [(part, arm) for arm in ARMS[part]]
+        if part in WITH_STORY:
+            own += [("story", arm) for arm in ("sft", "sft_more", "self_training", "aft_boundary")]
         lines = []
-        for b, s in RUNS:
-            for arm in arms:
-                home = part if arm in ARMS[part] else "story"
-                lines.append(json.loads((CACHE / f"{home}-{arm}-{b}-{s}.json").read_text()))
-        lab.save_table(RESULTS / f"alignment_{part}.csv", lines, settings=SETTINGS, code=CODE)
+        for b, s in real.RUNS if part == "gsm8k" else RUNS:
+            for home, arm in own:
+                found = json.loads((CACHE / f"{home}-{arm}-{b}-{s}.json").read_text())
+                lines += found if isinstance(found, list) else [found]
+        kept = set.intersection(*(set(line) for line in lines))  # the base model itself was not watched
+        lines = [{name: value for name, value in line.items() if name in kept} for line in lines]
+        code = CODE + PART_CODE.get(part, []) if part != "gsm8k" else [*CODE[1:2], *PART_CODE[part]]
+        lab.save_table(table_path(part), lines, settings=settings_of(part), code=code)
 
 
 def main() -> None:
-    """Run the sweep or the grid."""
+    """Run the sweep, the grid, or the check of one number."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--part", choices=ARMS, action="append", help="one part only (may be repeated)")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--join", action="store_true", help="join finished runs into the tables")
+    parser.add_argument("--recheck", action="store_true")
     arguments = parser.parse_args()
     lab.setup(0)
     os.chdir(HERE)  # the table names its code from here
     parts = arguments.part or list(ARMS)
+    if arguments.recheck:
+        drawn = [part for part in parts if part not in ("gsm8k", "course")]
+        sys.exit(rerun_one(date.today(), drawn, ARMS, RUNS, one, table_path, SETTINGS))
     if arguments.tune:
         tune(parts)
     elif arguments.join:
         join(parts)
     else:
-        work_through(
-            [(f"{p}-{arm}-{b}-{s}", (p, arm, b, s)) for b, s in RUNS for p in parts for arm in ARMS[p]],
-            CACHE,
-            one,
-        )
+        jobs = [
+            (f"{part}-{arm}-{b}-{s}", (part, arm, b, s))
+            for b, s in RUNS
+            for part in parts
+            if part != "gsm8k" or (b, s) in real.RUNS
+            for arm in ARMS[part]
+        ]
+        work_through(jobs, CACHE, run_job)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from cotkit import lab, tokens
@@ -33,7 +32,7 @@ from cotkit.select.quality import strata
 from cotkit.tasks.arithmetic import countdown, reaches_target, word_problem
 
 import supervised_arms as arms_of  # isort: skip
-from sweeping import choose_rates, work_through  # isort: skip
+from sweeping import choose_settings, rerun_one, work_through  # isort: skip
 
 HERE = Path(__file__).resolve().parent.parent
 RESULTS = HERE / "notebooks" / "results"
@@ -330,7 +329,7 @@ def tune(parts: list[str]) -> None:
     def do(part: str, arm: str, lr: float) -> dict:
         return one(part, arm, 1, 101, split="validation", lr=lr)
 
-    choose_rates(grid, CACHE / "tune", do, lambda part, arm: f"{part}/{arm}", CHOSEN)
+    choose_settings(grid, CACHE / "tune", do, lambda part, arm: f"{part}/{arm}", CHOSEN)
 
 
 def table_path(part: str) -> Path:
@@ -350,25 +349,6 @@ def join(parts: list[str]) -> None:
         lab.save_table(table_path(part), lines, settings=SETTINGS, code=CODE)
 
 
-def recheck(day: date, parts: list[str]) -> int:
-    """Run one arm of one part again, drawn by the date; 1 if its accuracy lies three spreads off."""
-    rng = random.Random(day.isoformat())
-    part = rng.choice(parts)
-    arm, (base, seed) = rng.choice(ARMS[part]), rng.choice([run for run in RUNS if run[0] < 3])
-    rows = lab.table(table_path(part), settings=SETTINGS).rows
-    means = rows[rows["arm"] == arm].assign(mean=lambda t: t["accuracy"].map(np.mean))
-    recorded = float(means[means["base"] == base]["mean"].iloc[0])
-    now = float(np.mean(one(part, arm, base, seed)["accuracy"]))
-    n = len(rows["accuracy"].iloc[0])
-    allowed = 3 * max(float(means["mean"].std()), (recorded * (1 - recorded) / n) ** 0.5)
-    verdict = "agrees" if abs(now - recorded) <= allowed else "DISAGREES"
-    print(
-        f"{part}, {arm}, base {base}, seed {seed}: "
-        f"table {recorded:.3f}, now {now:.3f}, allowed {allowed:.3f}: {verdict}"
-    )
-    return int(verdict == "DISAGREES")
-
-
 def main() -> None:
     """Run the sweep, the grid, or the check of one number."""
     parser = argparse.ArgumentParser(
@@ -384,7 +364,7 @@ def main() -> None:
     os.chdir(HERE)  # the table names its code from here
     parts = arguments.part or list(ARMS)
     if arguments.recheck:
-        sys.exit(recheck(date.today(), parts))
+        sys.exit(rerun_one(date.today(), parts, ARMS, RUNS, one, table_path, SETTINGS))
     if arguments.tune:
         tune(parts)
     elif arguments.join:
