@@ -329,6 +329,7 @@ def squeezed(arm: str, base: int, seed: int, split: str) -> tuple[Any, dict[str,
     )  # fmt: skip
     last = look()
     changes: dict[str, list[float]] = {f"{n}_change": (last[n] - first[n]).tolist() for n in track}
+    changes["rejected_before"] = first["rejected"].tolist()
     return model, changes | {n: [*values, float(last[n].mean())] for n, values in track.items()}
 
 
