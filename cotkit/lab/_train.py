@@ -3,13 +3,15 @@
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from cotkit._check import between, integers, one_of, positive
+from cotkit.interop._rows import parts
 from cotkit.lab._generate import progress
 from cotkit.tokens import Format, encode, model_logps
 
@@ -24,7 +26,7 @@ Forward = Callable[[Any, Batch], Any]
 def fit(
     model: Any,
     tokenizer: Any,
-    rows: Sequence[dict[str, Any]] | Callable[[int], Sequence[dict[str, Any]]],
+    rows: Sequence[dict[str, Any]] | Callable[[int], Sequence[dict[str, Any]] | dict[str, Any]],
     loss: LossFn,
     *,
     steps: int,
@@ -51,8 +53,9 @@ def fit(
         model: a causal language model (tiny, peft, 4-bit ...); parameters that need gradients are trained.
         tokenizer: its tokenizer.
         rows: prompt-completion rows, shuffled anew every epoch; or a callable ``step -> rows`` for
-            on-policy work. With ``unit="group"`` rows carry a ``group`` number, and rows of one number stay
-            together.
+            on-policy work, which may also return an encoded batch (``lab.rollout``): its tensors reach
+            the loss as they are, and returned again it is another epoch on the same samples. With
+            ``unit="group"`` rows carry a ``group`` number, and rows of one number stay together.
         loss: ``loss(logps [B, T], batch, denom) -> scalar``; ``batch`` holds ``mask``, ``segments``,
             ``steps``, ``turns``, the ``columns`` and, for groups, ``group``.
         steps: optimiser steps.
@@ -203,21 +206,24 @@ def backward(
         value = loss(out, batch, denom)
         value.backward()
         return float(value.detach())
-    parts = [slice(i, i + microbatch) for i in range(0, rows, microbatch)]
-    pieces = [{name: value[part] for name, value in batch.items()} for part in parts]
+    cuts = parts(batch, microbatch)
+    read = {"input_ids", "inputs_embeds", "attention_mask", "labels"} & batch.keys()
+    pieces = [{name: batch[name][part, :width] for name in read} for part, width in cuts]
+    full = batch["labels"].shape[1]
     cuda = model.device.type == "cuda"
     states, logps = [], []
     for piece in pieces:
         states.append((torch.get_rng_state(), torch.cuda.get_rng_state(model.device) if cuda else None))
-        logps.append(model_logps(model, piece, grad=False))
+        found = model_logps(model, piece, grad=False)
+        logps.append(pad(found, (0, full - found.shape[1])))
     scores = torch.cat(logps).detach().requires_grad_()
     value = loss(scores, batch, denom)
     (slope,) = torch.autograd.grad(value, scores)
-    for piece, part, (state, device_state) in zip(pieces, parts, states, strict=True):
+    for piece, (part, width), (state, device_state) in zip(pieces, cuts, states, strict=True):
         torch.set_rng_state(state)  # the same dropout as in the first pass
         if device_state is not None:
             torch.cuda.set_rng_state(device_state, model.device)
-        model_logps(model, piece, grad=True).backward(slope[part])
+        model_logps(model, piece, grad=True).backward(slope[part, :width])
     return float(value.detach())
 
 
@@ -265,7 +271,12 @@ def _drawer(
 ) -> Callable[[int], Batch]:
     """A callable ``step -> batch``: shuffled epochs over encoded rows (whole groups), or a fresh batch."""
     if callable(rows):
-        return lambda step: _renumber(_trim(encoded(list(rows(step)))))
+
+        def fresh(step: int) -> Batch:
+            given = rows(step)
+            return _renumber(_ready(given) if isinstance(given, Mapping) else _trim(encoded(list(given))))
+
+        return fresh
     block = encoded(rows)
     if unit == "group":
         members: dict[Any, list[int]] = {}
@@ -289,6 +300,18 @@ def _drawer(
         return _trim(taken)
 
     return draw
+
+
+def _ready(batch: Mapping[str, Any]) -> Batch:
+    """A batch that came encoded: its tensors (texts are for the reader), with the mask of its labels."""
+    missing = [name for name in ("input_ids", "attention_mask", "labels") if name not in batch]
+    if missing:
+        raise ValueError(
+            f"fit: expected an encoded batch from rows(step), got one without {', '.join(missing)}. "
+            f"Use lab.rollout or tokens.encode, or return a list of rows."
+        )
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    return {"mask": tensors["labels"] != -100, **tensors}
 
 
 def _trim(batch: Batch) -> Batch:
