@@ -238,3 +238,19 @@ def _stack(values: list[Any], fill: int, width: int) -> Tensor:
         return torch.tensor(values)
     tensors = [torch.tensor(value) for value in values]
     return torch.stack([pad(t, (0, width - len(t)), value=fill) for t in tensors])
+
+
+def parts(batch: dict, size: int, multiple: int = 1) -> list[tuple[slice, int]]:
+    """Slices of at most ``size`` rows, each with the width of its longest row, rounded up to ``multiple``.
+
+    A row alone is thus read without padding: under padding an attention mask [T, T] would be kept per layer.
+    """
+    labels, mask = batch["labels"], batch.get("attention_mask")
+    rows, full = labels.shape
+    lengths = [full] * rows
+    if mask is not None and mask.dim() == 2:
+        used = mask.bool() | (labels != -100)
+        lengths = (used * torch.arange(1, full + 1, device=used.device)).amax(1).tolist()
+    found = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    widths = [-(-max(2, *lengths[part]) // multiple) * multiple for part in found]
+    return [(part, min(width, full)) for part, width in zip(found, widths, strict=True)]

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from cotkit._check import one_of
-from cotkit.interop._rows import ENCODED, UNITS, add_logps, collate, dataset, is_group
+from cotkit.interop._rows import ENCODED, UNITS, add_logps, collate, dataset, is_group, parts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -106,8 +106,8 @@ def sft_trainer(
             _check_data(train_dataset, eval_dataset, columns, unit)
             _check_model(model, peft_config)
             args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-            multiple = args.pad_to_multiple_of if isinstance(args.pad_to_multiple_of, int) else 1
-            collator = functools.partial(collate, columns=columns, multiple=multiple)
+            self._multiple = args.pad_to_multiple_of if isinstance(args.pad_to_multiple_of, int) else 1
+            collator = functools.partial(collate, columns=columns, multiple=self._multiple)
             super().__init__(
                 model=model,
                 args=args,
@@ -146,23 +146,23 @@ def sft_trainer(
         ) -> Any:
             batch = {**inputs, "mask": inputs["labels"] != -100}
             fed = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
-            parts = _parts(len(fed["labels"]), microbatch)
+            cuts = parts(fed, microbatch or len(fed["labels"]), self._multiple)
             seen: list[Any] = []
             states: list[Any] = []
 
             def forward(**kwargs: Any) -> Any:
                 if "fused_lm_head" not in kwargs:
                     return model(**kwargs)
-                if len(parts) == 1:
+                if len(cuts) == 1:
                     seen.append(model(**kwargs))
                 else:  # without the DDP wrapper: processes may hold different numbers of parts
-                    seen.append(_in_parts(self.accelerator.unwrap_model(model), kwargs, parts, states))
+                    seen.append(_in_parts(self.accelerator.unwrap_model(model), kwargs, cuts, states))
                 return seen[-1]
 
             # TRL's step runs the forward and logs entropy and accuracy; its own loss is never differentiated
             base = super().compute_loss(forward, dict(fed), return_outputs=return_outputs)
             out = seen[0]
-            two_pass = len(parts) > 1 and torch.is_grad_enabled()
+            two_pass = len(cuts) > 1 and torch.is_grad_enabled()
             logps = _align(out.log_probs, batch["labels"])
             if two_pass:
                 logps = logps.detach().requires_grad_()
@@ -180,20 +180,22 @@ def sft_trainer(
                 share = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
                 value = value + self.router_aux_loss_coef * out.aux_loss / share
             if two_pass:
-                value = self._second_pass(model, fed, parts, states, value, logps)
+                value = self._second_pass(model, fed, cuts, states, value, logps)
             return (value, base[1]) if return_outputs else value
 
         def _second_pass(
-            self, model: Any, fed: dict, parts: list[slice], states: list, value: Tensor, logps: Tensor
+            self, model: Any, fed: dict, cuts: list, states: list, value: Tensor, logps: Tensor
         ) -> Tensor:
             (slope,) = torch.autograd.grad(value, logps)
             bare = self.accelerator.unwrap_model(model)  # only the last part synchronises the processes
-            for number, (part, state) in enumerate(zip(parts, states, strict=True)):
-                last = number == len(parts) - 1
+            for number, ((part, width), state) in enumerate(zip(cuts, states, strict=True)):
+                last = number == len(cuts) - 1
                 _set_random_state(state)
-                kwargs = {name: tensor[part] for name, tensor in fed.items()}
+                kwargs = {name: tensor[part, :width] for name, tensor in fed.items()}
                 out = (model if last else bare)(**kwargs, use_cache=False, fused_lm_head=True)
-                surrogate = (_align(out.log_probs, kwargs["labels"]) * slope[part]).sum()
+                labels = fed["labels"][part]
+                found = pad(out.log_probs, (0, labels.shape[1] - width))
+                surrogate = (_align(found, labels) * slope[part]).sum()
                 if not last:
                     self.accelerator.backward(surrogate)
             return surrogate + (value - surrogate).detach()  # the loss's value with the last part's gradient
@@ -463,23 +465,17 @@ def _align(logps: Tensor, labels: Tensor) -> Tensor:
     return pad(logps[:, logps.shape[1] - (width - 1) :], (1, 0))
 
 
-def _parts(rows: int, size: int | None) -> list[slice]:
-    size = size or rows
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
-
-
-def _in_parts(model: Any, kwargs: dict, parts: list[slice], states: list) -> Any:
-    outs = []
+def _in_parts(model: Any, kwargs: dict, cuts: list[tuple[slice, int]], states: list) -> Any:
+    outs: list[dict] = []
+    full = kwargs["labels"].shape[1]
     with torch.no_grad():
-        for part in parts:
+        for part, width in cuts:
             states.append(_random_state(kwargs["input_ids"].device))
-            outs.append(model(**{k: v[part] if isinstance(v, Tensor) else v for k, v in kwargs.items()}))
-    joined = {
-        k: torch.cat([o[k] for o in outs])
-        for k, v in outs[0].items()
-        if isinstance(v, Tensor) and v.dim() == 2
-    }
-    return type(outs[0])(**joined)
+            cut = {k: v[part, :width] if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+            out = model(**cut)
+            fields = {k: v for k, v in out.items() if isinstance(v, Tensor) and v.dim() == 2}
+            outs.append({k: pad(v, (0, full - width)) for k, v in fields.items()})
+    return type(out)(**{k: torch.cat([o[k] for o in outs]) for k in outs[0]})
 
 
 def _random_state(device: torch.device) -> tuple[Any, Any, torch.device]:
