@@ -1,9 +1,11 @@
+import collections
 import itertools
 import math
+import random
 
 import pytest
 
-from cotkit.select.curriculum import schedule
+from cotkit.select.curriculum import match_distribution, schedule
 
 
 @pytest.mark.parametrize(
@@ -58,6 +60,74 @@ def test_uft_hint_probability():
     for t in (0, 77, 300):  # .05 + .5 * .9 * (1 + cos(pi t / 300))
         expected = 0.05 + 0.45 * (1 + math.cos(math.pi * t / 300))
         assert schedule(t, 300, 0.95, 0.05, kind="cosine") == pytest.approx(expected, abs=1e-12)
+
+
+# match_distribution
+
+
+def histogram(levels, drawn):
+    return dict(sorted(collections.Counter(levels[i] for i in drawn).items()))
+
+
+LEVELS = [3, 1, 2, 5, 4, 1, 1, 2, 3, 1, 2, 4, 1, 1, 5, 2, 3, 1, 2, 4]  # 7, 5, 3, 3, 2 rows of levels 1 to 5
+
+
+def test_the_drawn_histogram_is_the_wanted_one():
+    # 9 rows at 5 : 4 : 3 : 2 : 1 of 15: 3, 2.4, 1.8, 1.2, .6 -> 3, 2, 2, 1, 1 (remainders .8 and .6 first)
+    falling = {1: 5, 2: 4, 3: 3, 4: 2, 5: 1}
+    seen = set()
+    for seed in range(30):
+        drawn = match_distribution(LEVELS, falling, 9, rng=random.Random(seed))
+        assert drawn == sorted(set(drawn))
+        assert histogram(LEVELS, drawn) == {1: 3, 2: 2, 3: 2, 4: 1, 5: 1}
+        seen |= set(drawn)
+    assert seen == set(range(20))  # every row has its chance
+    scaled = {level: weight / 15 for level, weight in falling.items()}
+    again = match_distribution(LEVELS, scaled, 9, rng=random.Random(29))
+    assert again == drawn
+
+
+def test_equal_remainders_go_to_the_lower_level():
+    assert histogram(LEVELS, match_distribution(LEVELS, {2: 1, 1: 1}, 5, rng=random.Random(0))) == {
+        1: 3,
+        2: 2,
+    }
+    # thirds in floats: 3 rows at .1 each are 1, 1, 1
+    drawn = match_distribution(LEVELS, {1: 0.1, 2: 0.1, 3: 0.1}, 3, rng=random.Random(0))
+    assert histogram(LEVELS, drawn) == {1: 1, 2: 1, 3: 1}
+
+
+def test_a_level_with_too_few_rows_borrows_from_the_nearest():
+    def spill(weights, k):
+        return histogram(LEVELS, match_distribution(LEVELS, weights, k, rng=random.Random(1)))
+
+    assert spill({4: 1, 5: 3}, 4) == {4: 2, 5: 2}  # 1 and 3 wanted, 2 rows of level 5
+    assert spill({1: 1, 2: 0, 3: 2, 4: 1}, 8) == {1: 2, 3: 3, 4: 3}  # 2, 4, 2 wanted; 2 is never drawn from
+    assert spill({2: 1, 3: 4, 4: 1}, 6) == {2: 2, 3: 3, 4: 1}  # 1, 4, 1: levels 2 and 4 equally near
+    assert spill({3: 1, 1: 1e-6}, 5) == {1: 2, 3: 3}
+    assert spill(dict.fromkeys(range(1, 6), 1), 20) == {1: 7, 2: 5, 3: 3, 4: 3, 5: 2}
+    assert spill({1: 1}, 0) == {}
+
+
+@pytest.mark.errors
+def test_refusals_of_match_distribution():
+    rng = random.Random(0)
+    with pytest.raises(
+        ValueError, match="expected k of at most 2 rows in the levels of the distribution, got 3"
+    ):
+        match_distribution(LEVELS, {5: 1, 4: 0}, 3, rng=rng)
+    with pytest.raises(ValueError, match="expected a weight above 0, got none"):
+        match_distribution(LEVELS, {1: 0}, 1, rng=rng)
+    with pytest.raises(ValueError, match="weight of level 1 >= 0, got -1"):
+        match_distribution(LEVELS, {1: -1}, 1, rng=rng)
+    with pytest.raises(ValueError, match="k >= 0, got -2"):
+        match_distribution(LEVELS, {1: 1}, -2, rng=rng)
+    with pytest.raises(TypeError, match="k as an int, got float"):
+        match_distribution(LEVELS, {1: 1}, 2.0, rng=rng)
+    with pytest.raises(TypeError, match=r"levels as whole numbers, got 0\.5 in row 1"):
+        match_distribution([1, 0.5], {1: 1}, 1, rng=rng)
+    with pytest.raises(TypeError, match=r"random\.Random"):
+        match_distribution(LEVELS, {1: 1}, 1, rng=0)
 
 
 @pytest.mark.errors

@@ -3,7 +3,7 @@
 Conventions: a row has ``completion`` (text) with a chain and a final answer; the row is never changed, a new
 one comes back. The ``answer`` column stays the right answer of the question, since it is what a completion is
 judged by.
-Functions: ``inject_error`` plants a false equation.
+Functions: ``inject_error`` plants a false equation; ``reveal_steps`` moves the first steps into the prompt.
 """
 
 import random
@@ -11,10 +11,13 @@ import re
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+from cotkit._check import at_least, between, integers, one_of
 from cotkit.rewards.answer import extract_answer, same_answer
 from cotkit.rewards.steps import Equation, _tokens, calculate, find_equations
+from cotkit.tokens import FORMATS, Format
+from cotkit.tokens._encode import THOUGHT
 
-__all__ = ["inject_error"]
+__all__ = ["inject_error", "reveal_steps"]
 
 _PLACES = 4  # decimals of a recomputed result
 
@@ -71,6 +74,80 @@ def inject_error(row: dict[str, Any], *, rng: random.Random, propagate: bool = T
                     return _new_row(row, chain, edits)
     hangs = " that the final answer hangs on" if propagate else ""
     raise ValueError(f"inject_error: expected an equation that holds{hangs}, got none. Leave this row out.")
+
+
+def reveal_steps(
+    row: dict[str, Any], p: float, *, segments: int = 5, rng: random.Random, fmt: str | Format = "think"
+) -> dict[str, Any]:
+    r"""A copy of the row whose prompt gives away the first steps of the solution.
+
+    The n steps of the thought are cut into $N = \min(\text{segments}, n)$ segments at $\mathrm{round}(jn/N)$,
+    and the first $l \sim \mathrm{Binomial}(N, p)$ of them move to the end of the prompt. With p falling to 0
+    over the run the model first finishes solutions, then solves whole questions:
+    ``p = schedule(t, 300, 0.95, 0.05, kind="cosine") if t <= 300 else 0.0``.
+
+    The moved text is a target too in UFT: score ``{"prompt": question, "completion": hint + written}`` and
+    add ``0.001 * nll(logps, hinted)`` to the policy loss on the written tokens, with
+    ``hinted = mask(segments, THOUGHT) & (steps < hint_steps[:, None])``.
+
+    Args:
+        row: with ``prompt`` and ``completion`` as text, the completion in ``fmt``. Call it once per question:
+            all rollouts see the same hint.
+        p: chance of each segment, in [0, 1]. 0: no hint; 1: the whole thought, never the answer. A p drawn
+            uniformly, ``rng.random()``, makes l uniform on 0 to N (the baseline R3).
+        segments: most segments, >= 1. Paper: 5.
+        rng: draws l.
+        fmt: format that tells the steps, name or ``Format``.
+
+    Returns:
+        The row with ``prompt + completion`` as before, cut elsewhere, and three more columns: ``hint``, the
+        text that moved (the opening tag comes along with the first step), ``hint_steps``, the number of its
+        steps, and ``revealed``, their share in [0, 1]. ``steps`` and ``states``, where there is one for each
+        step, keep what is left. A thought without steps is left as it is.
+
+    Raises:
+        ValueError: a completion that is not in ``fmt``, ``p`` outside [0, 1], ``segments < 1``.
+        TypeError: ``prompt`` or ``completion`` is no text, ``rng`` no ``random.Random``.
+
+    Source: UFT (2025) arXiv:2505.16984 RLHFDataset.__getitem__ of the released code
+    Basis: authors' code: the same cuts and the same draw.
+    Differs: the authors' steps are a column of the data; here they are read from the completion. After the
+        last hint step of the run the code sets l to 0 itself.
+
+    Example:
+        >>> row = {"prompt": "2+3+4+1?", "completion": "<think>\n2+3=5\n5+4=9\n9+1=10\n</think>\n10"}
+        >>> made = reveal_steps(row, 0.5, rng=random.Random(1))
+        >>> made["hint"], made["completion"], round(made["revealed"], 3)
+        ('<think>\n2+3=5\n', '5+4=9\n9+1=10\n</think>\n10', 0.333)
+    """
+    for name in ("prompt", "completion"):
+        if not isinstance(row.get(name), str):
+            kind = type(row.get(name)).__name__
+            raise TypeError(f"reveal_steps: expected {name} as text, got {kind}. Render messages first.")
+    if not isinstance(rng, random.Random):
+        raise TypeError(f"reveal_steps: expected rng as a random.Random, got {type(rng).__name__}.")
+    between("reveal_steps", 0, 1, p=p)
+    integers("reveal_steps", segments=segments)
+    at_least("reveal_steps", 1, segments=segments)
+    if not isinstance(fmt, Format):
+        one_of("reveal_steps", tuple(FORMATS), fmt=fmt)
+        fmt = FORMATS[fmt]
+    text = row["completion"]
+    if not fmt.parse(text).ok:
+        raise ValueError(
+            "reveal_steps: expected a completion in the format, got another. Leave this row out."
+        )
+    steps = [(start, end) for start, end, segment, _ in fmt.spans(text) if segment == THOUGHT]
+    n = len(steps)
+    parts = min(segments, n)
+    drawn = sum(rng.random() < p for _ in range(parts))
+    shown = round(drawn / parts * n) if drawn else 0
+    cut = steps[shown - 1][1] if shown else 0
+    made = {**row, "prompt": row["prompt"] + text[:cut], "completion": text[cut:]}
+    for name in ("steps", "states"):
+        if isinstance(row.get(name), list) and len(row[name]) == n:
+            made[name] = row[name][shown:]
+    return made | {"hint": text[:cut], "hint_steps": shown, "revealed": shown / max(n, 1)}
 
 
 class _Number(NamedTuple):
