@@ -3,8 +3,9 @@
 Conventions: ``correct`` is a table of questions by samples, [Q, n], of 0/1 or bool (None or NaN where a
 sample could not be judged is refused: drop it first); tensors, arrays and nested lists are taken alike and
 results are Python floats.
-Functions: ``accuracy``, ``pass_at_k`` some of k samples is right, ``maj_at_k`` the most frequent of k answers
-is, ``assessment_accuracy`` right chains score above wrong ones, ``bootstrap_interval`` over questions.
+Functions: ``accuracy``, ``pass_at_k`` some of k samples is right, ``best_at_k`` the best-scored of k is,
+``maj_at_k`` the most frequent of k answers is, ``assessment_accuracy`` right chains score above wrong ones,
+``flips`` questions won and lost between two models, ``bootstrap_interval`` over questions.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +17,15 @@ from numpy.typing import NDArray
 
 from cotkit._check import at_least, between, one_of
 
-__all__ = ["accuracy", "assessment_accuracy", "bootstrap_interval", "maj_at_k", "pass_at_k"]
+__all__ = [
+    "accuracy",
+    "assessment_accuracy",
+    "best_at_k",
+    "bootstrap_interval",
+    "flips",
+    "maj_at_k",
+    "pass_at_k",
+]
 
 
 def _array(fn: str, values: Any, name: str, dims: tuple[int, ...]) -> NDArray[np.float64]:
@@ -117,6 +126,55 @@ def pass_at_k(correct: Any, k: int, *, h: int | None = None, m: int | None = Non
         )
     missed = [comb(n - int(c), k) / comb(n, k) for c in array.sum(1)]
     return float(1 - np.mean(missed))
+
+
+def best_at_k(correct: Any, scores: Any, k: int) -> float:
+    r"""Chance that best-of-k is right: of k samples the one with the highest score, without bias.
+
+    The samples of a question in order of score: the best of k drawn without replacement lies in a group of m
+    equal scores above b lower ones with probability $[\binom{b+m}{k} - \binom bk] / \binom nk$, and is then
+    any of the m.
+
+    Args:
+        correct: 0/1, [Q, n].
+        scores: a verifier's or reward model's score, or a log-prob, of each sample, [Q, n]; higher = picked.
+        k: 1 to n. ``[best_at_k(correct, scores, k) for k in range(1, n + 1)]`` is the whole curve.
+
+    Returns:
+        A fraction in [0, 1]: the accuracy at k = 1, `pass_at_k` when the scores are the verdicts themselves.
+        Equal scores share the verdict.
+
+    Raises:
+        ValueError: shapes differ, k out of range, a score that is NaN.
+
+    Source: BoN-aware (2024) arXiv:2412.15287 best-of-N with a verifier
+    Basis: definition
+    Differs: the paper draws N samples anew; here all n are used, so a curve needs one set of samples.
+
+    Example:
+        >>> best_at_k([[1, 0, 0]], [[0.7, 0.9, 0.1]], 2)  # of 3 pairs the right one wins one: with the third
+        0.3333333333333333
+    """
+    array = _correct("best_at_k", correct, (2,))
+    ranked = _array("best_at_k", scores, "scores", (2,))
+    if ranked.shape != array.shape:
+        raise ValueError(
+            f"best_at_k: expected equal shapes, got correct {list(array.shape)}, scores {list(ranked.shape)}."
+        )
+    if np.isnan(ranked).any():
+        raise ValueError("best_at_k: expected scores without NaN, got NaN. Give unscored samples -inf.")
+    n = array.shape[1]
+    if not isinstance(k, int) or not 1 <= k <= n:
+        raise ValueError(
+            f"best_at_k: expected k as an integer from 1 to {n}, got {k!r}. Draw at least k samples."
+        )
+    chances = []
+    for right, row in zip(array, ranked, strict=True):
+        for score in np.unique(row):
+            group, below = row == score, int((row < score).sum())
+            ways = comb(below + int(group.sum()), k) - comb(below, k)
+            chances.append(ways / comb(n, k) * float(right[group].mean()))
+    return float(np.sum(chances) / len(array))
 
 
 def maj_at_k(
@@ -223,6 +281,38 @@ def assessment_accuracy(scores: Any, positive: Any, valid: Any = None, *, per: s
     if not count.any():
         return float("nan")
     return float(won.sum() / count.sum() if per == "pair" else (won[count > 0] / count[count > 0]).mean())
+
+
+def flips(before: Any, after: Any) -> dict[str, float]:
+    """What became of each question between two models: won, lost, right both times, wrong both times.
+
+    Args:
+        before: 0/1, [n] or [Q, n]: verdicts on the first model.
+        after: the same questions in the same order, verdicts on the second.
+
+    Returns:
+        Shares that add up to 1: ``won`` (wrong, then right), ``lost`` (right, then wrong), ``kept`` (right
+        twice), ``missed`` (wrong twice). The change of accuracy is won - lost.
+
+    Raises:
+        ValueError: shapes differ, nothing to count, a value other than 0 and 1.
+
+    Source: Crystal (2023) arXiv:2310.04921 (answers set right and spoilt by stated knowledge)
+    Basis: second-hand
+    Differs: nothing
+
+    Example:
+        >>> flips([1, 1, 0, 0, 0], [1, 0, 1, 1, 0])
+        {'won': 0.4, 'lost': 0.2, 'kept': 0.2, 'missed': 0.2}
+    """
+    a, b = _correct("flips", before, (1, 2)), _correct("flips", after, (1, 2))
+    if a.shape != b.shape:
+        raise ValueError(
+            f"flips: expected equal shapes, got before {list(a.shape)}, after {list(b.shape)}. "
+            "Judge the same questions in the same order."
+        )
+    pairs = {"won": (0, 1), "lost": (1, 0), "kept": (1, 1), "missed": (0, 0)}
+    return {name: float(((a == x) & (b == y)).mean()) for name, (x, y) in pairs.items()}
 
 
 def bootstrap_interval(

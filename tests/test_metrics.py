@@ -1,5 +1,6 @@
 """Pins for metrics."""
 
+import itertools
 import math
 import random
 
@@ -7,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from cotkit.metrics import accuracy, assessment_accuracy, bootstrap_interval, maj_at_k, pass_at_k
+from cotkit.metrics import (
+    accuracy,
+    assessment_accuracy,
+    best_at_k,
+    bootstrap_interval,
+    flips,
+    maj_at_k,
+    pass_at_k,
+)
 
 
 def test_accuracy():
@@ -40,6 +49,41 @@ def test_pass_at_k_reads_the_last_places():
     assert pass_at_k(correct, 1, h=4, m=1) == 1.0
     assert pass_at_k(correct, 1, h=4) == 0.5
     assert pass_at_k(correct, 1) == pytest.approx(4 / 32)
+
+
+def test_best_at_k_counts_all_subsets():
+    correct = [[1, 0, 1, 0, 0, 1], [0, 1, 0, 0, 1, 0]]
+    scores = [
+        [0.3, 0.9, -1.2, 0.3, 0.1, 0.3],
+        [2.0, 2.0, 2.0, -math.inf, 0.5, 0.5],
+    ]  # ties of right and wrong
+    for k in range(1, 7):
+        picked = []
+        for right, score in zip(correct, scores, strict=True):
+            for subset in itertools.combinations(range(6), k):
+                top = max(score[i] for i in subset)
+                ties = [right[i] for i in subset if score[i] == top]
+                picked.append(sum(ties) / len(ties))
+        assert best_at_k(correct, scores, k) == pytest.approx(sum(picked) / len(picked), abs=1e-12)
+
+
+def test_best_at_k_ends():
+    correct = torch.tensor([[1, 0, 0, 1, 0], [0, 0, 1, 0, 0]])
+    scores = torch.tensor([[0.1, 0.5, 0.9, 0.3, 0.2], [0.1, 0.5, 0.9, 0.3, 0.2]])
+    assert best_at_k(correct, scores, 1) == pytest.approx(accuracy(correct))
+    assert best_at_k(correct, scores, 5) == 0.5  # the top one: wrong, right
+    for k in range(1, 6):
+        assert best_at_k(correct, correct, k) == pytest.approx(pass_at_k(correct, k))
+        assert best_at_k(correct, torch.zeros(2, 5), k) == pytest.approx(accuracy(correct))
+        assert best_at_k(correct, -correct, k) <= best_at_k(correct, scores, k) <= pass_at_k(correct, k)
+
+
+def test_flips():
+    before, after = [1, 1, 0, 0, 0, 0, 1, 1], [1, 0, 1, 1, 1, 0, 0, 1]
+    assert flips(before, after) == {"won": 3 / 8, "lost": 2 / 8, "kept": 2 / 8, "missed": 1 / 8}
+    table = flips(torch.tensor([[True, False]]), np.array([[False, False]]))
+    assert table == {"won": 0, "lost": 0.5, "kept": 0, "missed": 0.5}
+    assert accuracy(after) - accuracy(before) == pytest.approx(3 / 8 - 2 / 8)
 
 
 def test_maj_at_k():
@@ -125,3 +169,13 @@ def test_refusals():
         bootstrap_interval([1.0])
     with pytest.raises(ValueError, match="without NaN"):
         bootstrap_interval([1.0, math.nan])
+    with pytest.raises(ValueError, match="best_at_k: expected k as an integer from 1 to 2, got 3"):
+        best_at_k([[1, 0]], [[0.1, 0.2]], 3)
+    with pytest.raises(ValueError, match=r"best_at_k: expected equal shapes, got correct \[1, 2\]"):
+        best_at_k([[1, 0]], [[0.1, 0.2, 0.3]], 1)
+    with pytest.raises(ValueError, match="best_at_k: expected scores without NaN"):
+        best_at_k([[1, 0]], [[0.1, math.nan]], 1)
+    with pytest.raises(ValueError, match="flips: expected equal shapes"):
+        flips([1, 0], [1])
+    with pytest.raises(ValueError, match="flips: expected at least one sample"):
+        flips([], [])

@@ -1,5 +1,5 @@
-"""A model or its traces in, numbers out: `dynamics` of a training step, `faithful` what a chain hangs on."""
+"""A model or its traces in, numbers out: `dynamics` of a step, `faithful` what a chain hangs on, `forgetting`."""
 
-from cotkit.analysis import dynamics, faithful
+from cotkit.analysis import dynamics, faithful, forgetting, forgetting
 
-__all__ = ["dynamics", "faithful"]
+__all__ = ["dynamics", "faithful", "forgetting"]
