@@ -186,6 +186,32 @@ def test_mixed_label_impossible_class(f64):
     assert logits.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_mixed_label_a_share_of_zero_asks_for_nothing(f64, as_tensor):
+    logits = f64([[1.0, 0.0, -math.inf]])
+    for alpha, label, q in ((1.0, 2, [0.25, 0.75, 0.0]), (0.0, 1, [0.25, 0.25, 0.5])):
+        # cross-entropies of the two possible classes: log(1 + e) = 1.3133 for class 1, less 1 for class 0
+        want = math.log1p(math.e) - (0.25 if alpha else 0.0)
+        share = tensor([alpha]) if as_tensor else alpha
+        loss = mixed_label(logits, tensor([label]), tensor([q]).double(), alpha=share)
+        assert loss.item() == pytest.approx(want, abs=1e-12)
+        (slope,) = torch.autograd.grad(loss, logits)
+        p = 1 / (1 + math.exp(-1.0))  # of class 0
+        assert slope[0].tolist() == pytest.approx([p - 0.25 * alpha, 0.25 * alpha - p, 0.0], abs=1e-12)
+
+
+@pytest.mark.errors
+def test_mixed_label_refuses_what_is_not_finite(f64):
+    q = tensor([[0.5, 0.5, 0.0]]).double()
+    for row, label in (([1.0, 0.0, -math.inf], 2), ([1.0, -math.inf, 0.0], 0), ([math.nan, 0.0, 1.0], 1)):
+        with pytest.raises(ValueError, match="finite loss in every row, got"):
+            mixed_label(f64([row]), tensor([label]), q, alpha=0.3)
+    with pytest.raises(ValueError, match="finite loss in every row, got nan"):
+        mixed_label(f64([[-math.inf] * 3]), tensor([0]), q, alpha=0.3)
+    kept = mixed_label(f64([[math.nan] * 3, [1.0, 1.0, 1.0]]), tensor([-100, 0]), q.expand(2, 3), alpha=0.3)
+    assert kept.item() == pytest.approx(math.log(3), abs=1e-12)
+
+
 def test_mixed_label_nothing_counts(f64):
     logits = f64([[1.0, math.inf], [0.0, 2.0]])
     loss = mixed_label(logits, tensor([-100, -100]), tensor([[0.5, 0.5]] * 2).double(), alpha=0.5)

@@ -761,6 +761,27 @@ def test_ift_in_the_training_loop():
 
 
 @pytest.mark.errors
+@pytest.mark.parametrize("bad", [-math.inf, math.nan])
+def test_what_is_impossible_is_refused_where_it_counts(f64, bad):
+    q, ref = f64([[0.0, -1.0, bad]]), f64([[0.0, -1.5, -2.5]])
+    mask = tensor([[False, True, True]])
+    for level in ("sequence", "token"):
+        with pytest.raises(
+            ValueError, match=f"iw_weights: expected q_logps finite under the mask, got {bad}"
+        ):
+            iw_weights(q, ref, mask, level=level, temperature=0.0)
+        with pytest.raises(ValueError, match="iw_weights: expected ref_logps finite"):
+            iw_weights(ref, q, mask, level=level)
+        unseen = iw_weights(q, ref, tensor([[False, True, False]]), level=level)
+        assert unseen.isfinite().all()
+    heads, masks = torch.stack([ref, q]), torch.stack([mask, mask])
+    with pytest.raises(ValueError, match=f"multi_token: expected logps finite under the mask, got {bad}"):
+        multi_token(heads, masks, alpha=0.0)
+    masks[1, 0, 2] = False
+    assert multi_token(heads, masks, alpha=0.5, decay=1.0).item() == pytest.approx(2.5, abs=1e-12)  # 2 + 1/2
+
+
+@pytest.mark.errors
 def test_refusals(f64):
     logps, ref, mask = rows(f64)
     with pytest.raises(ValueError, match=r"nll: expected equal shapes, got logps \[2, 4\], weights \[2, 1\]"):

@@ -1,4 +1,6 @@
 import random
+import re
+import time
 
 import pytest
 import torch
@@ -256,6 +258,39 @@ def test_code_switch_fragments():
     assert code_switch("a+b (c)", {"+": " plus ", "(c)": "d"}) == "a plus b d"
     inverse = {v: k for k, v in MAPPING.items()}
     assert code_switch(code_switch("the cat sat", MAPPING), inverse) == "the cat sat"
+
+
+def by_alternatives(text, mapping, rate, whole_words, rng):
+    """The same as one regular expression with an alternative per fragment, tried in turn: slow."""
+    edges = [(r"(?<!\w)" if f[0].isalnum() else "", r"(?!\w)" if f[-1].isalnum() else "") for f in mapping]
+    found = [
+        (len(f), left + re.escape(f) + right if whole_words else re.escape(f))
+        for f, (left, right) in zip(mapping, edges, strict=True)
+    ]
+    pattern = "|".join(p for _, p in sorted(found, key=lambda pair: -pair[0]))
+    return re.sub(pattern, lambda m: mapping[m[0]] if rate == 1 or rng.random() < rate else m[0], text)
+
+
+@pytest.mark.parametrize("whole_words", [True, False])
+def test_code_switch_equals_a_slow_search(whole_words):
+    draw = random.Random(3)
+    for _ in range(300):
+        texts = ["".join(draw.choices("ab1_ +é²", k=draw.randint(1, 4))) for _ in range(draw.randint(1, 8))]
+        mapping = {fragment: f"<{i}>" for i, fragment in enumerate(texts)}
+        text = "".join(draw.choices("ab1_ +é²", k=40))
+        for rate in (1.0, 0.6):
+            want = by_alternatives(text, mapping, rate, whole_words, random.Random(5))
+            assert (
+                code_switch(text, mapping, rate=rate, whole_words=whole_words, rng=random.Random(5)) == want
+            )
+
+
+def test_code_switch_takes_a_whole_dictionary():
+    mapping = {f"word{i}": f"mot{i}" for i in range(20_000)}
+    text = " ".join(f"word{i}" for i in range(19_999, -1, -10))
+    start = time.process_time()
+    assert code_switch(text, mapping) == text.replace("word", "mot")
+    assert time.process_time() - start < 2  # 20,000 alternatives at every position take minutes
 
 
 @pytest.mark.errors

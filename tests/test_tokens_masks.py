@@ -107,3 +107,12 @@ def test_refusals():
         corrupt(IDS, TARGETS, torch.rand(3), mask_id=1)
     with pytest.raises(ValueError, match="equal shapes"):
         corrupt(IDS, TARGETS, 0.5, replacement=IDS[:, 1:])
+    with pytest.raises(TypeError, match="replacement as an integer tensor, got float32"):
+        corrupt(IDS, TARGETS, 0.5, replacement=IDS.float())
+    with pytest.raises(ValueError, match="mask_id >= 0, got -1"):
+        corrupt(IDS, TARGETS, 0.5, mask_id=-1)
+    with pytest.raises(TypeError, match="mask_id as an int, got float"):
+        corrupt(IDS, TARGETS, 0.5, mask_id=3.0)
+    with pytest.raises(ValueError, match="replacement ids >= 0 under the mask, got -100"):
+        corrupt(IDS, TARGETS, 0.5, replacement=torch.full_like(IDS, -100))
+    assert torch.equal(corrupt(IDS, TARGETS, 1.0, replacement=IDS.masked_fill(~TARGETS, -100))[0], IDS)

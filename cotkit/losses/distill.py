@@ -117,7 +117,8 @@ def mixed_label(
 
     Raises:
         ValueError: shapes differ, a label outside the classes, ``alpha`` outside [0, 1], rows of q that are
-            no distribution.
+            no distribution; a row whose loss is not finite, since its logits are not or its target asks for a
+            class with logit -inf (a class with logit -inf that the target leaves at 0 is fine).
 
     Source: Vega v1 (2023) arXiv:2302.09268 (self-calibrated fine-tuning)
     Basis: reconstructed: the abstract names self-calibration without an equation; the mixture is our reading.
@@ -146,8 +147,14 @@ def mixed_label(
     logp = torch.where(kept[:, None], wide, 0.0).log_softmax(-1)
     gold = logp.gather(-1, labels.clamp(min=0)[:, None])[:, 0]
     target = torch.where(kept[:, None], q.detach(), 0.0)
-    soft = torch.where(target == 0, 0.0, target * logp).sum(-1)  # 0 * -inf
+    gold = torch.where(kept & (share != 1), gold, 0.0)  # a share of 0 asks for nothing: no 0 * -inf
+    soft = torch.where((target == 0) | (kept & (share == 0))[:, None], 0.0, target * logp).sum(-1)
     losses = torch.where(kept, -((1 - share) * gold + share * soft), 0.0)
+    if losses.device.type == "cpu" and not bool(losses.detach().isfinite().all()):
+        raise ValueError(
+            f"mixed_label: expected a finite loss in every row, got {losses[~losses.isfinite()][0]:.4g}. Its "
+            f"logits are not finite, or its label or q asks for a class whose logit is -inf."
+        )
     return losses.sum() / (kept.sum().clamp(min=1) if denom is None else denom)
 
 

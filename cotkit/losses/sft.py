@@ -114,7 +114,8 @@ def iw_weights(
         Weights without gradient: [B] for "sequence", [B, T] for "token". What is not counted weighs 1.
 
     Raises:
-        ValueError: shapes differ, unknown ``level``, ``clip`` not a rising pair.
+        ValueError: shapes differ, a log-prob under the mask that is not finite, unknown ``level``, ``clip``
+            not a rising pair.
         TypeError: ``mask`` is not bool.
 
     Source: iw-SFT (2025) arXiv:2507.12856 IwSFTLoss of the released code
@@ -134,6 +135,7 @@ def iw_weights(
     _check.one_of("iw_weights", ("sequence", "token"), level=level)
     _check.finite("iw_weights", temperature=temperature)
     _check.interval("iw_weights", clip=clip)
+    _possible("iw_weights", mask, q_logps=q_logps, ref_logps=ref_logps)
     log_ratio = torch.where(mask, q_logps.detach() - ref_logps.detach(), 0.0)
     if level == "sequence":
         log_ratio = log_ratio.sum(1)
@@ -406,7 +408,8 @@ def multi_token(
         Scalar in nats; a head without target adds 0.
 
     Raises:
-        ValueError: shapes differ, logits in place of log-probs, ``alpha < 0``, ``decay < 0``, ``denom <= 0``.
+        ValueError: shapes differ, logits in place of log-probs, a log-prob under its mask that is not finite,
+            ``alpha < 0``, ``decay < 0``, ``denom <= 0``.
         TypeError: ``masks`` is not bool.
 
     Source: CAFT (2025) arXiv:2506.07833 add_caft_loss of the released code
@@ -431,4 +434,16 @@ def multi_token(
             f"{len(denoms)} counts. Head 0 is the model's own."
         )
     losses = [nll(x, m, denom=d) for x, m, d in zip(logps, masks, denoms, strict=True)]
+    _possible("multi_token", masks, logps=logps)
     return losses[0] + alpha * sum(decay**i * loss for i, loss in enumerate(losses[1:], 1))
+
+
+def _possible(fn: str, mask: Tensor, **logps: Tensor) -> None:
+    """Refuse -inf and NaN that count, on the CPU: a difference or a weight of 0 would turn them into NaN."""
+    for name, x in logps.items():
+        counted = x.detach()[mask] if x.device.type == "cpu" else x.new_zeros(0)
+        if not bool(counted.isfinite().all()):
+            raise ValueError(
+                f"{fn}: expected {name} finite under the mask, got {counted[~counted.isfinite()][0]:.4g}. "
+                f"A token that counts must be possible; leave the others out of the mask."
+            )

@@ -10,7 +10,6 @@ few-shot prompts); `code_switch` a text with fragments in another language (xCoT
 """
 
 import random
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -195,17 +194,29 @@ def code_switch(
         )
     if not mapping or rate == 0:
         return text
-    edges = [(r"(?<!\w)" if f[0].isalnum() else "", r"(?!\w)" if f[-1].isalnum() else "") for f in mapping]
-    found = [
-        (len(f), f"{left}{re.escape(f)}{right}" if whole_words else re.escape(f))
-        for f, (left, right) in zip(mapping, edges, strict=True)
-    ]
-    pattern = "|".join(p for _, p in sorted(found, key=lambda pair: -pair[0]))
+    lengths: dict[str, list[int]] = {}  # by first character, longest first
+    for first, n in sorted({(fragment[0], len(fragment)) for fragment in mapping}, reverse=True):
+        lengths.setdefault(first, []).append(n)
+    solid = [c.isalnum() for c in text]
+    word = [s or c == "_" for s, c in zip(solid, text, strict=True)] + [False]
 
-    def switch(match: re.Match) -> str:
-        return mapping[match[0]] if rate == 1 or (rng is not None and rng.random() < rate) else match[0]
+    def fits(start: int, end: int) -> bool:
+        if end > len(text) or text[start:end] not in mapping:
+            return False
+        inside = (start > 0 and word[start - 1] and solid[start]) or (word[end] and solid[end - 1])
+        return not (whole_words and inside)
 
-    return re.sub(pattern, switch, text)
+    pieces, done = [], 0
+    for start, c in enumerate(text):
+        if start < done:
+            continue
+        end = next((start + n for n in lengths.get(c, ()) if fits(start, start + n)), None)
+        if end is None:
+            continue
+        switched = rate == 1 or (rng is not None and rng.random() < rate)
+        pieces += [text[done:start], mapping[text[start:end]] if switched else text[start:end]]
+        done = end
+    return "".join([*pieces, text[done:]])
 
 
 def _messages(row: Mapping[str, Any]) -> tuple[list[dict], list[dict]]:

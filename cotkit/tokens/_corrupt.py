@@ -42,7 +42,9 @@ def corrupt(
         & ~torch.nn.functional.pad(noised, (1, -1))``.
 
     Raises:
-        ValueError: neither or both of ``mask_id`` and ``replacement``; a rate outside [0, 1].
+        ValueError: neither or both of ``mask_id`` and ``replacement``; an id below 0 to be written; a rate
+            outside [0, 1].
+        TypeError: ids that are no integers.
 
     Source: MFT (2024) arXiv:2403.02178 Eq. 1
     Basis: authors' code
@@ -62,6 +64,17 @@ def corrupt(
         raise ValueError(
             "corrupt: expected either mask_id or replacement, got both or neither. Pass one of them."
         )
+    if mask_id is not None:
+        _check.integers("corrupt", mask_id=mask_id)
+        _check.at_least("corrupt", 0, mask_id=mask_id)
+    if replacement is not None:
+        _check.same_shape("corrupt", input_ids=input_ids, replacement=replacement)
+        _check.integer("corrupt", replacement=replacement)
+        if replacement.device.type == "cpu" and bool((replacement[mask] < 0).any()):
+            raise ValueError(
+                f"corrupt: expected replacement ids >= 0 under the mask, got {int(replacement[mask].min())}. "
+                f"Pass token ids, not labels."
+            )
     if isinstance(rate, Tensor):
         _check.floating("corrupt", rate=rate)
         if rate.shape != input_ids.shape[:1]:
@@ -78,7 +91,6 @@ def corrupt(
     noised = mask & (drawn < rate)
     if replacement is None:
         return input_ids.masked_fill(noised, mask_id), noised  # type: ignore[arg-type]
-    _check.same_shape("corrupt", input_ids=input_ids, replacement=replacement)
     return torch.where(noised, replacement, input_ids), noised
 
 
