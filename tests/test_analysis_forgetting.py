@@ -149,7 +149,7 @@ def test_refusals():
         token_shift(logits, ids - 100, mask)
     with pytest.raises(ValueError, match="without NaN, got NaN"):
         token_shift(logits * math.nan, ids, mask)
-    with pytest.raises(ValueError, match=r"got \[2, 2, 5\]\. Pass the logits of every position"):
+    with pytest.raises(ValueError, match=r"base_logits \[2, 2, 5\].*Pass the logits of every position"):
         token_shift(logits[:, 1:], ids, mask)
     with pytest.raises(TypeError, match="tuned_ids as an integer tensor"):
         token_shift(logits, ids.float(), mask)
@@ -159,11 +159,11 @@ def test_refusals():
     weights = {"a": draw(9, 2), "b": draw(10, 2)}
     with pytest.raises(ValueError, match="expected weights before as a copy"):
         layer_change(weights, weights)
-    with pytest.raises(ValueError, match=r"got 1 in one only: \['b'\]"):
+    with pytest.raises(ValueError, match="got 'b' in before but not in after"):
         layer_change(weights, {"a": weights["a"]})
-    with pytest.raises(ValueError, match="expected equal shapes"):
+    with pytest.raises(ValueError, match="expected 'a' of one shape"):
         layer_change(weights, {"a": draw(9, 3), "b": draw(10, 2)})
     with pytest.raises(ValueError, match="expected names that match 'q', got none of 2"):
         layer_change(weights, {"a": draw(11, 2), "b": draw(12, 2)}, group="q")
-    with pytest.raises(TypeError, match=r"before\['a'\] as a torch\.Tensor, got float"):
+    with pytest.raises(TypeError, match="expected 'a' as a tensor, got float in before"):
         layer_change({"a": 1.0}, {"a": 2.0})

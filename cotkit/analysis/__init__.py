@@ -1,5 +1,5 @@
-"""A model or its traces in, numbers out: `dynamics` of a step, `faithful` what a chain hangs on, `forgetting`."""
+"""A model or its traces in, numbers out: `dynamics` of a step, `faithful` chains, `forgetting` and change."""
 
-from cotkit.analysis import dynamics, faithful, forgetting, forgetting
+from cotkit.analysis import dynamics, faithful, forgetting
 
 __all__ = ["dynamics", "faithful", "forgetting"]

@@ -12,6 +12,7 @@ distribution as target: ``tokens.kl(base_logits, tuned_logits)[mask].mean()``, p
 It falls in a line with the fine-tuning loss: ``numpy.polyfit(losses, forgetting, 1)``.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from cotkit import _check
 from cotkit._types import Logits, Mask, TokenIds
-from cotkit.merge._states import labelled, pieces, same_names, tensors, ties, wide
+from cotkit.merge._states import labelled, pieces, same_names, tensors, ties
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -79,45 +80,43 @@ def token_shift(base_logits: Logits, tuned_ids: TokenIds, mask: Mask) -> Int[Ten
     if not base_logits.shape[:2] == tuned_ids.shape == mask.shape:
         raise ValueError(
             f"token_shift: expected one [B, T], got base_logits {list(base_logits.shape)}, tuned_ids "
-            f"{list(tuned_ids.shape)}, mask {list(mask.shape)}. Pass all three unshifted."
+            f"{list(tuned_ids.shape)}, mask {list(mask.shape)}. Pass the logits of every position, unshifted."
         )
     counts = mask[:, 1:]
     words = base_logits.shape[-1]
     if mask.device.type == "cpu":
         asked = tuned_ids[:, 1:][counts]
         if bool(((asked < 0) | (asked >= words)).any()):
-            raise ValueError(f"token_shift: expected ids from 0 to {words - 1} under the mask, got others.")
+            raise ValueError(f"token_shift: expected ids in [0, {words}) where they count, got others.")
         if bool(base_logits[:, :-1][counts].isnan().any()):
-            raise ValueError("token_shift: expected logits under the mask, got NaN.")
+            raise ValueError("token_shift: expected logits without NaN, got NaN where they count.")
     before, ids = base_logits[:, :-1], tuned_ids[:, 1:].long().clamp(0, words - 1)
     ranks = 1 + (before > before.gather(-1, ids[..., None])).sum(-1)
     return torch.nn.functional.pad(torch.where(counts, ranks, 0), (1, 0))
 
 
 def layer_change(
-    before: Mapping[str, Tensor],
-    after: Mapping[str, Tensor],
-    *,
-    group: str = r"layers\.(?P<layer>\d+)\.",
-    relative: bool = True,
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], *, group: str | None = None
 ) -> "DataFrame":
-    r"""How far training moved each group of weights: $\|W' - W\|_F / \|W\|_F$.
+    r"""How far training moved each group of weights: $\|W' - W\|_F$ and $\|W' - W\|_F / \|W\|_F$.
 
     Args:
-        before: state before training; ``merge.checkpoint(path)`` reads one tensor at a time.
+        before: state before training, a copy: ``{n: w.clone() for n, w in model.state_dict().items()}``, or
+            ``merge.checkpoint(path)``, which reads one tensor at a time.
         after: state after it, same names, shapes and types.
-        group: regular expression searched in the names. Its named groups are what is told apart and become
-            columns: ``r"layers\.(?P<layer>\d+)\..*\.(?P<module>[a-z_]+)\."`` for layer by module. Names
-            without a match are left out; without named groups, what it matched is the group.
-        relative: divide by the norm before; else the norm of the change.
+        group: regular expression searched in the names; names without a match are left out. Its named groups
+            become columns, ``r"layers\.(?P<layer>\d+)\..*?(?P<module>\w+)_proj"`` for layer by module;
+            unnamed ones, joined by "/", or else what it matched, the column "group". None: each tensor.
 
     Returns:
-        DataFrame: the groups (numbers as int), ``change`` and ``parameters``, in the order of the names. Tied
-        tensors count once. 0 where nothing changed, even from zero.
+        DataFrame: the columns of the group (text), ``change`` and ``norm`` (of the weights before),
+        ``relative`` = change / norm, NaN where all weights were 0 before; in the order of the names. Norms
+        are sums over all tensors of the group, in float64. Tied tensors count once, under their first name,
+        integers not at all.
 
     Raises:
-        ValueError: names, shapes or types differ, a tensor is not finite, no name matches, a relative change
-            from weights that are all 0.
+        ValueError: names, shapes or types differ, a tensor is not finite, no name matches, ``before`` shares
+            its memory with ``after`` (training has changed both).
         TypeError: no states.
 
     Source: Massive SFT (2025) arXiv:2506.14681 weight change per layer
@@ -129,41 +128,45 @@ def layer_change(
         >>> from torch import tensor
         >>> old = {f"layers.{i}.w": tensor([3.0, 4.0]) for i in range(2)}
         >>> new = {"layers.0.w": tensor([3.0, 4.0]), "layers.1.w": tensor([3.0, 3.0])}
-        >>> layer_change(old, new).values.tolist()  # no change; 1 of 5
-        [[0.0, 0.0, 2.0], [1.0, 0.2, 2.0]]
+        >>> layer_change(old, new, group=r"layers\.(?P<layer>\d+)\.")  # no change; 1 of 5
+          layer  change  norm  relative
+        0     0     0.0   5.0       0.0
+        1     1     1.0   5.0       0.2
     """
     from pandas import DataFrame
 
     states = labelled("layer_change", {"before": before, "after": after})
-    pattern = re.compile(group)
+    pattern = re.compile(".*" if group is None else group)
     columns = list(pattern.groupindex) or ["group"]
-    shared = ties("layer_change", states)
-    sums: dict[tuple[Any, ...], list[float]] = {}
-    for name in same_names("layer_change", states):
+    names, shared = same_names("layer_change", states), ties("layer_change", states)
+    sums: dict[tuple[str, ...], list[float]] = {}
+    for name in names:
         found = pattern.search(name)
         if found is None or name in shared:
             continue
         old, new = tensors("layer_change", name, states)
-        texts = [found[column] for column in pattern.groupindex] or [found[0]]
-        key = tuple(int(text) if text and text.isdigit() else text for text in texts)
-        moved, size, count = sums.setdefault(key, [0.0, 0.0, 0])
-        if old.is_floating_point():
-            for _, (a, b) in pieces([old, new], wide(old)):
-                moved += float((b.double() - a.double()).square().sum())
-                size += float(a.double().square().sum())
-            sums[key] = [moved, size, count + old.numel()]
-    if not sums:
-        raise ValueError(f"layer_change: expected names that match {group!r}, got {next(iter(before))!r}.")
-    lines = []
-    for key, (moved, size, count) in sums.items():
-        if relative and moved and not size:
+        if not old.is_floating_point():
+            continue
+        if old.numel() and old.data_ptr() == new.data_ptr():
             raise ValueError(
-                f"layer_change: expected weights in {key}, got zeros only, so no relative change. "
-                f"Pass relative=False."
+                f"layer_change: expected weights before as a copy, got {name!r} in the memory of after. "
+                f"Clone the state before training."
             )
-        change = (moved / size if relative and size else moved) ** 0.5
-        lines.append({**dict(zip(columns, key, strict=True)), "change": change, "parameters": count})
-    return DataFrame(lines)
+        key = tuple(found.groupdict().values()) or ("/".join(found.groups()) or found[0],)
+        moved, size = sums.setdefault(key, [0.0, 0.0])
+        for _, (a, b) in pieces([old, new], torch.float64):
+            moved += float((b - a).square().sum())
+            size += float(a.square().sum())
+        sums[key] = [moved, size]
+    if not sums:
+        raise ValueError(f"layer_change: expected names that match {group!r}, got none of {len(names)}.")
+    return DataFrame(
+        [
+            (*key, moved**0.5, size**0.5, (moved / size) ** 0.5 if size else math.nan)
+            for key, (moved, size) in sums.items()
+        ],
+        columns=[*columns, "change", "norm", "relative"],
+    )
 
 
 def tuning_contribution(
@@ -364,7 +367,8 @@ def fit_forgetting_law(
     y = np.asarray(forgetting, dtype=float)
     if y.ndim != 1 or not p.shape == n.shape == y.shape or not np.isfinite(y).all():
         raise ValueError(
-            f"{fn}: expected one finite forgetting per point, got {list(p.shape)}, {list(n.shape)}, {list(y.shape)}."
+            f"{fn}: expected one finite forgetting per point, got parameters {list(p.shape)}, steps "
+            f"{list(n.shape)}, forgetting {list(y.shape)}."
         )
     if len(y) < 7 or len(set(p)) < 2 or len(set(n)) < 2:
         raise ValueError(f"{fn}: expected seven points or more, of several P and N, got {len(y)}.")
