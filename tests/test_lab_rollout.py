@@ -95,10 +95,9 @@ def test_segments_and_steps_are_those_of_encode(tiny, drawn):
     assert set(batch["segments"].unique().tolist()) == {PAD, PROMPT, THOUGHT, ANSWER, SPECIAL}
 
 
-def codes(tokenizer, text, ids, closed=""):
-    fmt = tokens.FORMATS["think"]
-    (starts,) = _rollout._starts(tokenizer, [text], [ids], [True])
-    return _rollout._codes(closed, text, starts, len(ids), fmt)
+def codes(tokenizer, text, ids, front="2+2?"):
+    front = tokenizer(front)["input_ids"]
+    return _rollout.codes(tokenizer, [front], [text], [ids], tokens.FORMATS["think"])[0]
 
 
 def test_an_unusual_spelling_keeps_its_tokens(tiny):
@@ -124,6 +123,7 @@ def test_an_unusual_spelling_keeps_its_tokens(tiny):
         if not piece.isspace():
             assert list(code) == per_char[place], piece
         place += len(piece)
+    assert codes(tokenizer, text, [*letters, tokenizer.eos_token_id])[-1] == (SPECIAL, -1)
     split = tokenizer.convert_tokens_to_ids(
         list(tokenizer.convert_ids_to_tokens(tokenizer("é")["input_ids"]))
     )
@@ -132,12 +132,14 @@ def test_an_unusual_spelling_keeps_its_tokens(tiny):
 
 
 def test_a_thought_that_the_prompt_closed(tiny):
-    tokenizer, fmt = tiny[1], tokens.FORMATS["think"]
-    closed = _rollout._closed("<user>2+2?<assistant><think>\n\n</think>\n", fmt)
+    tokenizer = tiny[1]
     ids = tokenizer("12")["input_ids"]
-    assert codes(tokenizer, "12", ids, closed) == [(ANSWER, -1)] * 2
-    assert _rollout._closed("2+2?", fmt) == ""
-    assert codes(tokenizer, "", []) == []
+    front = "<user>2+2?<assistant><think>\n\n</think>\n"
+    assert codes(tokenizer, "12", ids, front) == [(ANSWER, -1)] * 2
+    assert codes(tokenizer, "12", ids) == [(THOUGHT, 0)] * 2  # no thought, no answer: malformed
+    assert codes(tokenizer, "", [tokenizer.eos_token_id]) == [(SPECIAL, -1)]
+    ended = [*ids, tokenizer.eos_token_id]
+    assert codes(tokenizer, "12", ended, front) == [(ANSWER, -1), (ANSWER, -1), (SPECIAL, -1)]
 
 
 def test_chat_prompts_reach_the_reward_as_messages(tiny):

@@ -123,8 +123,7 @@ def _block(
     count = len(fronts)
     n = len(written) // count
     texts = [text for group in drawn["texts"] for text in group]
-    starts = _starts(tokenizer, texts, written, drawn["truncated"].tolist())
-    closed = [_closed(tokenizer.decode(front), fmt) for front in fronts]
+    marks = codes(tokenizer, [fronts[i // n] for i in range(len(written))], texts, written, fmt)
     width = max(len(fronts[i // n]) + len(ids) for i, ids in enumerate(written))
     shape = (len(written), width)
     block = {
@@ -137,54 +136,58 @@ def _block(
     for i, ids in enumerate(written):
         front = fronts[i // n]
         begin, end = len(front), len(front) + len(ids)
-        codes = _codes(closed[i // n], texts[i], starts[i], len(ids), fmt)
         block["input_ids"][i, :end] = torch.tensor(front + ids)
         block["attention_mask"][i, :end] = 1
         block["labels"][i, begin:end] = torch.tensor(ids)
         block["segments"][i, :begin] = PROMPT
-        block["segments"][i, begin:end] = torch.tensor([segment for segment, _ in codes], dtype=torch.int8)
-        block["steps"][i, begin:end] = torch.tensor([step for _, step in codes])
+        block["segments"][i, begin:end] = torch.tensor([segment for segment, _ in marks[i]], dtype=torch.int8)
+        block["steps"][i, begin:end] = torch.tensor([step for _, step in marks[i]])
     group = torch.arange(count).repeat_interleave(n)
     mask = block["labels"] != IGNORED
     return {**block, "mask": mask, "group": group, "truncated": drawn["truncated"]}
 
 
-def _closed(prompt: str, fmt: Format) -> str:
-    """A thought that the prompt has closed already (thinking switched off): the completion is the answer."""
-    return fmt.open + fmt.close if fmt.close and prompt.rstrip().endswith(fmt.close) else ""
+def codes(
+    tokenizer: Any, fronts: list[list[int]], texts: list[str], written: list[list[int]], fmt: Format
+) -> list[list[tuple[int, int]]]:
+    """Segment and step of every sampled token; ``texts`` are the ids ``written``, without an end token."""
+    spelled = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    heads: dict[tuple[int, ...], str] = {}
+    found = []
+    for i, (front, text, ids) in enumerate(zip(fronts, texts, written, strict=True)):
+        usual, offsets = spelled["input_ids"][i], spelled["offset_mapping"][i]
+        if ids[: len(usual)] == usual and len(ids) - len(usual) <= 1:
+            starts = [start for start, _ in offsets]
+        else:  # the model spelled the text in other tokens than the tokenizer would
+            starts = _starts(tokenizer, text, ids)
+        head = heads.setdefault(tuple(front), tokenizer.decode(front))
+        # thinking switched off: the prompt ends with a closed thought, and the completion is the answer
+        closed = fmt.open + fmt.close if fmt.close and head.rstrip().endswith(fmt.close) else ""
+        found.append(_codes(closed, text, starts, len(ids), fmt))
+    return found
 
 
 def _codes(closed: str, text: str, starts: list[int], length: int, fmt: Format) -> list[tuple[int, int]]:
-    """Segment and step of each token: those of its first visible character; the end token is SPECIAL."""
-    codes: list[tuple[int, int]] = []
+    """A token has the code of its first visible character; an end token is SPECIAL."""
+    marks: list[tuple[int, int]] = []
     for start, end, segment, step in fmt.spans(closed + text):
-        codes += [(segment, step)] * (end - start)
-    codes = codes[len(closed) :]
+        marks += [(segment, step)] * (end - start)
+    marks = marks[len(closed) :]
     found = []
     for start, end in pairwise([*starts, len(text)]):
         at = next((i for i in range(start, end) if not text[i].isspace()), min(start, len(text) - 1))
-        found.append(codes[at] if codes else (SPECIAL, -1))
+        found.append(marks[at] if start < len(text) else (SPECIAL, -1))
     return [*found, *[(SPECIAL, -1)] * (length - len(found))]
 
 
-def _starts(
-    tokenizer: Any, texts: list[str], written: list[list[int]], truncated: list[bool]
-) -> list[list[int]]:
-    """The character of the text at which each token begins, the end token left out."""
-    again = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    found = []
-    for i, (text, ids) in enumerate(zip(texts, written, strict=True)):
-        ids = ids if truncated[i] else ids[:-1]
-        if again["input_ids"][i] == ids:
-            found.append([start for start, _ in again["offset_mapping"][i]])
-            continue
-        at, starts = 0, []  # spelled in other tokens than the tokenizer would choose
-        for t in range(len(ids)):
-            starts.append(min(max(at, 0), len(text)))
-            before = ids[max(0, t - _WINDOW) : t]
-            at += len(tokenizer.decode([*before, ids[t]])) - len(tokenizer.decode(before))
-        found.append(starts)
-    return found
+def _starts(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
+    """The character at which each token begins, read off what decoding it adds."""
+    at, starts = 0, []
+    for t, token in enumerate(ids):
+        starts.append(min(max(at, 0), len(text)))
+        before = ids[max(0, t - _WINDOW) : t]
+        at += len(tokenizer.decode([*before, token])) - len(tokenizer.decode(before))
+    return starts
 
 
 def _scores(
