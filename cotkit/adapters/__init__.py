@@ -1,5 +1,5 @@
 """A model in, a trainable model or a part of one out."""
 
-from cotkit.adapters import modules
+from cotkit.adapters import experts, freeze, lora, modules, sparse
 
-__all__ = ["modules"]
+__all__ = ["experts", "freeze", "lora", "modules", "sparse"]

@@ -4,7 +4,8 @@ Conventions: ``logits [B, T, V]`` are unshifted, as the model returns them; ``ma
 positions, as in `tokens.token_logps`: where ``mask[:, t]`` is True the distribution read is the one at t - 1,
 which predicts token t, so ``mask[:, 0]`` reads nothing. Divergences are in nats.
 
-Functions: `adversarial` smoothness around the input embeddings (SMART, SiFT).
+Functions: `adversarial` smoothness around the input embeddings (SMART, SiFT); `localized_balance` experts
+share the work within a kind of data, and split it between kinds (LoRAMoE).
 
 Composed, not offered: the proximal half of SMART keeps the model near a copy of itself, which is
 `distill.kl` in both directions,
@@ -16,13 +17,14 @@ iterate as the teacher, or (momentum, MBPP) an average of the iterates,
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from cotkit import _check
 from cotkit._reduce import check_denom, total
 from cotkit._types import Denom, Hidden, Logits, Loss, Mask
 
-__all__ = ["adversarial"]
+__all__ = ["adversarial", "localized_balance"]
 
 
 def adversarial(
@@ -129,6 +131,81 @@ def adversarial(
     terms = divergence(clean, embeds + scale * delta)
     values = torch.nn.functional.pad(terms.new_zeros(kept.shape).masked_scatter(kept, terms), (1, 0))
     return total("adversarial", values, mask, denom=denom)
+
+
+def localized_balance(
+    gate: Float[Tensor, "B T N"],
+    mask: Mask,
+    sample_type: Int[Tensor, "B"],
+    expert_type: Int[Tensor, "N"],
+    *,
+    delta: float = 0.1,
+    squared: bool = False,
+) -> Loss:
+    r"""Localised balancing: experts share the work evenly, but for a bias between kinds of data.
+
+    $$L = \frac{\mathrm{Var}(Z)}{\mathrm{Mean}(Z)}, \quad
+    Z_{nm} = (1 \pm \delta) \sum_t g_{mtn}$$
+    over all experts n and rows m, with + where the kind of the expert is the kind of the row.
+
+    The loss is least where Z is constant, so an expert of the row's own kind then gets (1 - delta) / (1 +
+    delta) times the gate of another one: taken as it stands the formula sends the rows to the experts of
+    the *other* kind. Kinds are names; the experts specialise either way. With ``delta < 0`` they do so
+    under their own name.
+
+    Args:
+        gate: gates of one layer, [B, T, N], that add up to 1 over the N experts; gradient flows. From
+            ``adapters.experts.gates``; take the mean over layers.
+        mask: True = the token counts, [B, T]. A row that counts nothing is left out.
+        sample_type: kind of each row, integers [B] (world knowledge or another task).
+        expert_type: kind of each expert, integers [N].
+        delta: in [-1, 1]. 0: the plain balance of all experts. 0.1: from memory, not checked.
+        squared: divide by the squared mean, the squared coefficient of variation, as the released code does.
+
+    Returns:
+        Scalar >= 0, in tokens (``squared``: without unit); 0 with zero gradient when nothing counts. Add it
+        with a factor; 0.1 from memory.
+
+    Raises:
+        ValueError: shapes do not fit, ``delta`` outside [-1, 1], or a gate that counts is NaN or infinite.
+        TypeError: ``mask`` is not bool, a kind no integer.
+
+    Source: LoRAMoE (2023) arXiv:2312.09979 Eq. 8-10
+    Basis: authors' code, run (equal numbers for ``squared`` without padding); the paper's own form from
+        memory.
+    Differs: the released code divides by the squared mean (``squared``) and counts the gates of padding
+        too. The variance is that of a sample, divided by B N - 1, in both.
+
+    Example:
+        >>> from torch import tensor
+        >>> gate = tensor([[[0.75, 0.25]]])  # Z = (0.75, 0.25): Var 0.125, Mean 0.5
+        >>> localized_balance(gate, tensor([[True]]), tensor([0]), tensor([0, 1]), delta=0.0)
+        tensor(0.2500)
+    """
+    _check.ndim("localized_balance", "B T N", gate=gate)
+    _check.ndim("localized_balance", "B T", mask=mask)
+    _check.floating("localized_balance", gate=gate)
+    _check.boolean("localized_balance", mask=mask)
+    _check.integer("localized_balance", sample_type=sample_type, expert_type=expert_type)
+    _check.between("localized_balance", -1, 1, delta=delta)
+    rows, width, experts = gate.shape
+    if mask.shape != (rows, width) or sample_type.shape != (rows,) or expert_type.shape != (experts,):
+        raise ValueError(
+            f"localized_balance: expected mask {[rows, width]}, sample_type {[rows]} and expert_type "
+            f"{[experts]}, got {list(mask.shape)}, {list(sample_type.shape)} and {list(expert_type.shape)}."
+        )
+    kept = torch.where(mask[..., None], gate, 0.0)
+    if gate.device.type == "cpu" and not bool(torch.isfinite(kept.detach()).all()):
+        raise ValueError("localized_balance: expected finite gates, got NaN or infinity under the mask.")
+    same = sample_type[:, None] == expert_type
+    z = _wide(kept).sum(1) * torch.where(same, 1.0 + delta, 1.0 - delta)
+    counted = mask.any(1)[:, None]
+    n = (counted.sum() * experts).to(z.dtype)
+    mean = z.sum() / n.clamp(min=1)  # rows that count nothing are 0 in z
+    variance = torch.where(counted, (z - mean).square(), 0.0).sum() / (n - 1).clamp(min=1)
+    below = mean.square() if squared else mean
+    nothing = below == 0
+    return torch.where(nothing, 0.0, variance / torch.where(nothing, 1.0, below)).to(gate.dtype)
 
 
 def _symmetric_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
