@@ -89,6 +89,9 @@ def test_aapo_values_of_the_entry():
     r = const([[1.0, 0.0, 0.4]])
     close(aapo(r, r), group(r))
     close(aapo(r, const([[0.9, 0.05, 0.5]]), low=-0.07, high=0.06) - group(r), [[0.06, -0.05, -0.07]])
+    close(aapo(r, const([[0.9, 0.05, 0.5]]), low=0.0, high=0.0), group(r))
+    ours = aapo(r.clone().requires_grad_(), r.clone().requires_grad_())
+    assert not ours.requires_grad
 
 
 def test_aapo_equals_the_authors_code():
@@ -136,6 +139,13 @@ def test_bon_by_hand():
     close(bon(r[:1], 2, unbiased=True), bon(r[:1], 2))
 
 
+def test_bon_has_no_gradient_and_takes_certain_failure_rates(f64):
+    p = f64(0.0, 1.0)
+    ours = bon(f64([[1.0, 0.0], [1.0, 0.0]]), 3, p_fail=p)
+    assert ours.tolist() == [[0.0, 0.0], [3.0, 0.0]]
+    assert not ours.requires_grad
+
+
 def test_bon_root_for_samples_of_best_of_n():
     """Of the others of a best-of-2 group half failed: p^2 = 1/2."""
     r = const([[1.0, 1.0, 0.0]])
@@ -177,12 +187,14 @@ def test_bon_leaves_out_what_has_no_reward():
 
 
 def test_better_than_direct_by_hand():
-    thought, direct = const([[3.0, 1.0, 2.0], [0.5, 0.1, 0.2]]), const([[2.0, 1.5], [0.6, 0.9]])
+    thought, direct = const([[3.0, 1.0, 2.0], [0.5, 0.1, 0.7]]), const([[2.0, 1.5], [0.6, 0.9]])
     keep = better_than_direct(thought, direct)
     assert keep.tolist() == [[T, F, T], [F, F, F]]
     ok = tensor([[T, F, T], [T, T, F]])
     assert better_than_direct(thought, direct, ok).tolist() == [[T, T, T], [F, F, T]]
-    assert better_than_direct(thought, direct, ok, group=True).tolist() == [[T, T, T], [F, F, T]]
+    assert better_than_direct(thought, direct, ok, group=True).all()
+    lost = better_than_direct(thought - 1, direct, ok, group=True)
+    assert lost.tolist() == [[T, T, T], [F, F, T]]
     assert better_than_direct(thought, direct[:, :0]).all()
     assert better_than_direct(thought[:, :0], direct).shape == (2, 0)
 
@@ -259,7 +271,7 @@ def test_kl_rewards_of_a_row_without_tokens(f64):
     score = f64(3.0, math.nan)
     mask = tensor([[F, T, T], [F, F, F]])
     logps = f64([[0.0, -1.0, -2.0], [math.nan, -1.0, 0.0]])
-    rewards = kl_rewards(score, logps, logps.detach(), mask, beta=0.5)
+    rewards = kl_rewards(score, logps, logps.detach().requires_grad_(), mask, beta=0.5)
     close(rewards, [[0, 0, 3.0], [0, 0, 0]])  # a policy that equals its reference pays nothing
     assert not rewards.requires_grad
     bare = kl_rewards(score, logps, logps.detach() - 1, mask, beta=0.0)

@@ -41,8 +41,11 @@ def test_reinforce_by_hand(f64):
     assert loss.item() == pytest.approx((2 * 1 + 2 * 3 - 1.5 * 0.5) / 3, abs=1e-12)
     loss.backward()
     close(logps.grad, [[0, -2 / 3, -2 / 3], [0, 0.5, 0]])
-    by_row = reinforce(logps, f64([[9.0, 2.0, -0.25], [9.0, 4.0, 9.0]]), mask, per="sequence")
+    a = f64([[9.0, 2.0, -0.25], [9.0, 4.0, 9.0]])
+    by_row = reinforce(logps, a, mask, per="sequence")
     assert by_row.item() == pytest.approx(((2 * 1 - 0.25 * 3) / 2 + 4 * 0.5) / 2, abs=1e-12)
+    by_row.backward()
+    assert a.grad is None
 
 
 @pytest.mark.parametrize(

@@ -80,16 +80,16 @@ def group(
     kept = _scorable("group", rewards, valid)
     _check.at_least("group", 0, eps=eps)
     if rewards.numel() == 0:
-        return rewards.detach().clone()
+        return torch.zeros_like(rewards)
     r = _wide(torch.where(kept, rewards.detach(), 0.0))
     n = kept.sum(1, keepdim=True)
-    centered = torch.where(kept, r - r.sum(1, keepdim=True) / n.clamp(min=1), 0.0)
+    centered = torch.where(kept, r - r.sum(1, keepdim=True) / n, 0.0)
     if scale:
         squares = centered.square().sum(1, keepdim=True)
-        centered = centered / ((squares / (n - int(unbiased)).clamp(min=1)).sqrt() + eps)
+        centered = centered / ((squares / (n - int(unbiased))).sqrt() + eps)
     highest = torch.where(kept, r, -torch.inf).amax(1, keepdim=True)
     lowest = torch.where(kept, r, torch.inf).amin(1, keepdim=True)
-    return torch.where(highest > lowest, centered, 0.0).to(rewards.dtype)
+    return torch.where(highest > lowest, centered, 0.0).to(rewards.dtype)  # NaN of a lone sample included
 
 
 def aapo(rewards: Scores, ref_rewards: Scores, *, low: float = -0.2, high: float = 0.28) -> Scores:
@@ -221,7 +221,7 @@ def bon(
                 f"K {rewards.shape[1]}, samples_from {samples_from!r}. Leave unbiased out."
             )
         drawn = torch.arange(n - 1, device=rewards.device)
-        chances = (failed[..., None] - drawn).clamp(min=0) / (others[..., None] - drawn).clamp(min=1)
+        chances = (failed[..., None] - drawn) / (others[..., None] - drawn).clamp(min=1)
         power = chances.prod(-1)
     if samples_from == "policy":
         weights = n * power * (right if positive_only else right - (1 - p) * kept)
@@ -453,7 +453,7 @@ def whiten(x: TokenValues, mask: Mask, *, center: bool = True, eps: float = 1e-8
     _check.positive("whiten", eps=eps)
     kept = _wide(torch.where(mask, x.detach(), 0.0))
     n = mask.sum()
-    mean = kept.sum() / n.clamp(min=1)
+    mean = kept.sum() / n
     centered = torch.where(mask, kept - mean, 0.0)
     scaled = centered * (centered.square().sum() / (n - 1).clamp(min=1) + eps).rsqrt()
     return torch.where(mask, scaled if center else scaled + mean, 0.0).to(x.dtype)
@@ -574,7 +574,7 @@ def _finite(fn: str, mask: Tensor | None, **tensors: Tensor) -> None:
     for name, x in tensors.items():
         if x.device.type != "cpu":
             continue
-        bad = ~x.detach().isfinite() if mask is None else ~x.detach().isfinite() & mask
+        bad = ~x.isfinite() if mask is None else ~x.isfinite() & mask
         if bool(bad.any()):
             raise ValueError(
                 f"{fn}: expected {name} finite where it counts, got {x[bad][0]:.4g}. "

@@ -373,11 +373,11 @@ def entropy_temperature(
         raise ValueError(f"entropy_temperature: expected low < high, got {low} and {high}.")
     counted, rows = mask[:, 1:], _wide(logits.detach()[:, :-1])
     _finite("entropy_temperature", counted, logits=rows.logsumexp(-1))
-    count = counted.sum().clamp(min=1)
     cold, hot = rows.new_tensor(low), rows.new_tensor(high)
     for _ in range(_HALVINGS):
         middle = (cold + hot) / 2
-        flat = torch.where(counted, entropy(rows / middle), 0.0).sum() / count > target
+        # Where nothing counts the mean is NaN, which is never above the target.
+        flat = torch.where(counted, entropy(rows / middle), 0.0).sum() / counted.sum() > target
         cold, hot = torch.where(flat, cold, middle), torch.where(flat, middle, hot)
     return ((cold + hot) / 2).to(logits.dtype)
 
