@@ -90,6 +90,45 @@ print(json.dumps([mpl.rcParams["figure.facecolor"], mpl.rcParams["axes.prop_cycl
     assert fresh(code)[0] == ["white", "#0072B2"]
 
 
+JUPYTER = """
+import base64, io, json, os
+from IPython.core.interactiveshell import InteractiveShell
+from PIL import Image
+InteractiveShell.enable_gui = lambda *_: None  # a kernel has one of its own
+shell = InteractiveShell.instance()
+from cotkit.lab._setup import setup
+
+def shown(colours):
+    setup(figure_colours=colours)
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(4, 2))
+    png = shell.display_formatter.formatters["image/png"]
+    empty = png(figure)
+    figure.add_subplot().imshow([[i * j for i in range(40)] for j in range(40)])
+    page = png(figure)
+    page = base64.b64decode(page) if isinstance(page, str) else page
+    image = Image.open(io.BytesIO(page)) if page else None
+    return [empty, page and [len(page), image.mode, len(image.getcolors(2**24)), image.size]]
+
+print(json.dumps([shown(None), shown(24), shown(8)]))
+"""
+
+
+def test_light_figures_in_jupyter():
+    inline = "module://matplotlib_inline.backend_inline"
+    (_, light, lighter), errors = fresh(JUPYTER, MPLBACKEND=inline)
+    assert errors == ""
+    assert light[0] is lighter[0] is None  # an empty figure shows nothing, as without
+    assert light[1][1] == lighter[1][1] == "P"
+    assert 8 < light[1][2] <= 24
+    assert lighter[1][2] <= 8
+    assert light[1][3] == lighter[1][3]
+    assert lighter[1][0] < light[1][0]
+    (plain, other, _), errors = fresh(JUPYTER, MPLBACKEND="agg")  # figures are not shown inline
+    assert errors == ""
+    assert plain == other == [None, None]
+
+
 @pytest.mark.parametrize(
     ("value", "wanted"), [("1", False), ("true", False), ("0", True), ("", True), ("false", True)]
 )
@@ -105,3 +144,8 @@ def test_refusals():
         setup(seed=-1)
     with pytest.raises(ValueError, match="expected threads in"):
         setup(threads=0)
+    for colours in (1, 257):
+        with pytest.raises(ValueError, match=r"expected figure_colours in \[2, 256\]"):
+            setup(figure_colours=colours)
+    with pytest.raises(TypeError, match="expected figure_colours as an int, got float"):
+        setup(figure_colours=24.0)
