@@ -107,6 +107,10 @@ def test_a_level_with_too_few_rows_borrows_from_the_nearest():
     assert spill({3: 1, 1: 1e-6}, 5) == {1: 2, 3: 3}
     assert spill(dict.fromkeys(range(1, 6), 1), 20) == {1: 7, 2: 5, 3: 3, 4: 3, 5: 2}
     assert spill({1: 1}, 0) == {}
+    # level 3 has no row; that of level 4 is its own, so the lower of what is left and near comes in
+    levels = [1, 1, 1, 4, 6, 6, 6]
+    drawn = match_distribution(levels, {1: 1, 3: 1, 4: 1, 6: 1}, 4, rng=random.Random(2))
+    assert histogram(levels, drawn) == {1: 2, 4: 1, 6: 1}
 
 
 @pytest.mark.errors

@@ -160,7 +160,7 @@ def _shares(weights: dict[int, float], k: int) -> dict[int, int]:
     """Whole counts that add up to k, by largest remainder."""
     whole = sum(weights.values())
     exact = {level: k * weight / whole for level, weight in weights.items()}
-    counts = {level: math.floor(share + 1e-9) for level, share in exact.items()}  # 3 * 0.1 / 0.3 is 1
+    counts = {level: math.floor(share) for level, share in exact.items()}
     by_remainder = sorted(exact, key=lambda level: (counts[level] - exact[level], level))
     for level in by_remainder[: k - sum(counts.values())]:
         counts[level] += 1
