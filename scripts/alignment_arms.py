@@ -85,6 +85,8 @@ def chosen_for(arm: str) -> tuple[float, float]:
     """What the grid chose for an arm; variants of an arm take its learning rate."""
     chosen = SETTINGS["chosen"]
     name = arm.split("_", 1)[1] if arm.startswith(("both_", "long_")) else arm
+    if name.startswith("rate_"):
+        return float(name.split("_")[2]), SETTINGS["boundary"]
     if name == "align_plain_same_lr":
         return chosen["aft_boundary"][0], 0.0
     if name.startswith("beta_"):
@@ -133,6 +135,8 @@ def go_on(arm: str, state: dict, lr: float, knob: float, seed: int, watch: Calla
     how: dict[str, Any] = {"lr": lr, "seed": seed, "description": arm, "steps": steps}
     how["prepare"] = watch(model) if watch else None
     arm = arm.removeprefix("both_").removeprefix("long_")
+    if arm.startswith("rate_"):
+        arm = {"plain": "align_plain", "boundary": "aft_boundary"}[arm.split("_")[1]]
     rows = chains(arm, state, seed)
     if arm == "sft_more":
         spent = sum(len(tokenizer(t)["input_ids"]) for g in state["groups"] for t in g["completions"])

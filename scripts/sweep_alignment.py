@@ -7,7 +7,7 @@
     python scripts/sweep_alignment.py --recheck   one arm and run drawn by the date, against its table
 
 Parts: "story" (which feedback, which constraint, against the fair controls), "beta" (how far below a right
-chain a wrong one may sink), "ranking" (feedback of several levels: AFT, RRHF, PRO, DPO, without and with a
+chain a wrong one may sink), "rate" (learning rates past the best ones), "ranking" (feedback of several levels: AFT, RRHF, PRO, DPO, without and with a
 constraint), "size" (chains of a group), "both" (two tasks at once), "long" (three times the steps), "family"
 (pairs of other papers, discriminative fine-tuning), "squeeze" (off-policy DPO watched), "course" (assessment
 and accuracy while SFT trains), "gsm8k" (real chains). Every arm but those of "squeeze" and "gsm8k" goes on
@@ -81,11 +81,12 @@ ARMS = {
     "beta": ("beta_0.05", "beta_0.15", "beta_0.5", "beta_1.5"),
     "size": ("size_1", "size_2", "size_5"),
     "family": ("own_dpo", "orpo_process", "step_dpo", "whole_dpo", "vote_sft", "discriminative"),
+    "rate": ("rate_plain_0.0001", "rate_boundary_0.0001", "rate_plain_0.0003", "rate_boundary_0.0003"),
     "gsm8k": ("all",),
 }  # fmt: skip
 TUNED = ("story", "ranking", "family")
 # Parts whose tables also show these arms of the story.
-WITH_STORY = ("beta", "ranking", "size", "family")
+WITH_STORY = ("beta", "ranking", "size", "family", "rate")
 
 
 def one(
