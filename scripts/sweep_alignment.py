@@ -7,13 +7,13 @@
     python scripts/sweep_alignment.py --recheck   one arm and run drawn by the date, against its table
 
 Parts: "story" (which feedback, which constraint, against the fair controls), "beta" (how far below a right
-chain a wrong one may sink), "rate" (learning rates past the best ones), "ranking" (feedback of several levels: AFT, RRHF, PRO, DPO, without and with a
-constraint), "size" (chains of a group), "both" (two tasks at once), "long" (three times the steps), "family"
-(pairs of other papers, discriminative fine-tuning), "squeeze" (off-policy DPO watched), "course" (assessment
-and accuracy while SFT trains), "gsm8k" (real chains). Every arm but those of "squeeze" and "gsm8k" goes on
-from the same fine-tuned model of its base and seed and trains on as many chains; ``sft_more`` spends on
-further steps what the others spend on sampling. A run is one base checkpoint with one seed of its own.
-Several processes may run at once.
+chain a wrong one may sink), "rate" (learning rates past the best ones), "ranking" (feedback of several
+levels: AFT, RRHF, PRO, DPO, without and with a constraint), "size" (chains of a group), "both" (two tasks at
+once), "long" (three times the steps), "family" (pairs of other papers, discriminative fine-tuning), "squeeze"
+(off-policy DPO watched), "course" (assessment and accuracy while SFT trains), "gsm8k" (real chains). Every
+arm but those of "squeeze" and "gsm8k" goes on from the same fine-tuned model of its base and seed and trains
+on as many chains; ``sft_more`` spends on further steps what the others spend on sampling. A run is one base
+checkpoint with one seed of its own. Several processes may run at once.
 """
 
 import argparse
