@@ -66,8 +66,8 @@ def setup(
             run; two are faster on a free two-core machine.
         offline: never ask the network for models or data. Set False to load from the hub.
         figure_colours: 2 to 256: figures that Jupyter shows inline become PNGs of so many colours, a fifth to
-            a third of the size, which keeps a notebook with its outputs small. 24 do for lines and bars, 128 for
-            colour maps. None: all colours. Outside Jupyter nothing changes.
+            a third of the size, which keeps a notebook with its outputs small. 24 do for lines and bars, 128
+            for colour maps. None: all colours. Outside Jupyter nothing changes.
 
     Returns:
         None; nothing is printed.
