@@ -24,9 +24,9 @@ from cotkit.rewrite.structure import inject_error
 import sweep_spine as spine  # isort: skip
 
 RUNS = ((0, 0), (1, 1), (2, 2))
-ARMS = ("sft", "sft_more", "align_plain", "aft_detach", "aft_boundary", "own_plain", "own_boundary")
+ARMS = ("sft", "sft_more", "align_plain", "aft_boundary", "own_boundary")
 SETTINGS: dict[str, Any] = {
-    "questions": 500,
+    "questions": 300,
     "max_length": 320,
     "max_new_tokens": 160,
     "sft_steps": 60,
@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = {
     "questions_a_step": 8,
     "lr": 3e-4,
     "boundary": 0.15,
-    "test_questions": 300,
+    "test_questions": 200,
 }
 
 
