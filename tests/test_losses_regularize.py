@@ -7,7 +7,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cotkit import tokens
 from cotkit.losses.distill import kl
-from cotkit.losses.regularize import _symmetric_kl, adversarial
+from cotkit.losses.regularize import _symmetric_kl, adversarial, localized_balance
 
 T, F = True, False
 
@@ -331,3 +331,109 @@ def test_momentum_bregman_is_distill_both_ways_from_an_average():
     assert model.weight.grad.abs().max() > 0
     assert average.module.weight.grad is None  # the average stays where it is
     assert kl(student, student, mask).item() == 0
+
+
+# localised balancing
+
+
+def balance_inputs(rows=3, width=5, experts=4):
+    logits = torch.randn(rows, width, experts, generator=gen(11), dtype=torch.float64).requires_grad_()
+    mask = tensor([[T, T, F, T, F], [F, T, T, T, T], [T, F, F, F, F]])[:rows]
+    return logits, mask, tensor([0, 1, 0])[:rows], tensor([0, 1, 1, 0])
+
+
+def test_localized_balance_by_hand():
+    gate = tensor([[[0.75, 0.25], [0.5, 0.5]], [[0.0, 1.0], [0.25, 0.75]]], dtype=torch.float64)
+    mask = tensor([[T, T], [T, F]])
+    # sums (1.25, 0.75), (0, 1); kinds (0, 1) of the rows and of the experts: 1.5 where equal, 0.5 where not:
+    # Z = 1.875, 0.375, 0, 1.5; mean 0.9375, squares of the distances .87890625 + .31640625 + .87890625
+    # + .31640625 = 2.390625, over 3 = 0.796875
+    loss = localized_balance(gate, mask, tensor([0, 1]), tensor([0, 1]), delta=0.5)
+    assert loss.item() == pytest.approx(0.796875 / 0.9375, abs=1e-12)
+    squared = localized_balance(gate, mask, tensor([0, 1]), tensor([0, 1]), delta=0.5, squared=True)
+    assert squared.item() == pytest.approx(0.796875 / 0.9375**2, abs=1e-12)
+    other = localized_balance(gate, mask, tensor([0, 1]), tensor([1, 0]), delta=-0.5)
+    assert other.item() == pytest.approx(loss.item(), abs=1e-12)  # both signs turned
+
+
+def test_localized_balance_squared_is_the_squared_coefficient_of_variation():
+    # Gates of one token each, kinds 1 and 0: Z by hand, then Var / Mean^2. A number of the authors' code is in
+    # test_adapters_experts.py.
+    z = tensor([0.75, 0.375, 0.075, 0.0, 0.15, 0.15, 0.25, 0.5], dtype=torch.float64)
+    gate = tensor([[[0.6, 0.3, 0.1, 0.0]], [[0.2, 0.2, 0.2, 0.4]]], dtype=torch.float64)
+    kinds = tensor([1, 0]), tensor([1, 1, 0, 0])
+    loss = localized_balance(gate, tensor([[T], [T]]), *kinds, delta=0.25, squared=True)
+    assert loss.item() == pytest.approx((z.var() / z.mean() ** 2).item(), rel=1e-12)
+
+
+def test_localized_balance_sends_rows_to_the_other_kind():
+    logits = torch.zeros(2, 1, 2, dtype=torch.float64, requires_grad=True)
+    kinds, mask, delta = tensor([0, 1]), tensor([[T], [T]]), 0.3
+    optimizer = torch.optim.SGD([logits], lr=1.0)
+    for _ in range(300):
+        optimizer.zero_grad()
+        localized_balance(logits.softmax(-1), mask, kinds, kinds, delta=delta).backward()
+        optimizer.step()
+    gate = logits.detach().softmax(-1)[:, 0]
+    for row in range(2):
+        assert (gate[row, row] / gate[row, 1 - row]).item() == pytest.approx(0.7 / 1.3, rel=1e-6)
+
+
+def test_localized_balance_without_delta_is_zero_for_even_gates():
+    _, _, sample, expert = balance_inputs()
+    even = torch.full((3, 5, 4), 0.25, dtype=torch.float64, requires_grad=True)
+    loss = localized_balance(even, torch.ones(3, 5).bool(), sample, expert, delta=0.0)
+    assert loss.item() == 0
+    one = localized_balance(torch.ones(1, 1, 1), tensor([[T]]), tensor([0]), tensor([0]))
+    assert one.item() == 0  # a single number varies not at all
+
+
+def test_localized_balance_padding_and_empty_rows_do_not_matter():
+    logits, mask, sample, expert = balance_inputs()
+    loss = localized_balance(logits.softmax(-1), mask, sample, expert)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert not gradient[~mask].any()
+    assert gradient[mask].any()
+    wide = torch.nn.functional.pad(logits.softmax(-1), (0, 0, 2, 3), value=math.inf)
+    padded = localized_balance(wide, torch.nn.functional.pad(mask, (2, 3)), sample, expert)
+    assert padded.item() == pytest.approx(loss.item(), abs=1e-12)
+    more = torch.cat([logits.softmax(-1), torch.rand(1, 5, 4, generator=gen(1), dtype=torch.float64)])
+    empty = torch.cat([mask, torch.zeros(1, 5).bool()])
+    again = localized_balance(more, empty, torch.cat([sample, tensor([1])]), expert)
+    assert again.item() == pytest.approx(loss.item(), abs=1e-12)
+    order = tensor([2, 0, 1])
+    turned = localized_balance(logits.softmax(-1)[order], mask[order], sample[order], expert)
+    assert turned.item() == pytest.approx(loss.item(), abs=1e-12)
+
+
+def test_localized_balance_of_nothing_and_in_half_precision():
+    logits, mask, sample, expert = balance_inputs()
+    nothing = localized_balance(logits.softmax(-1), mask & F, sample, expert)
+    assert nothing.item() == 0
+    (gradient,) = torch.autograd.grad(nothing, logits)
+    assert not gradient.any()
+    full = localized_balance(logits.softmax(-1), mask, sample, expert)
+    half = localized_balance(logits.softmax(-1).bfloat16(), mask, sample, expert)
+    assert half.dtype == torch.bfloat16
+    assert half.item() == pytest.approx(full.item(), rel=2e-2)
+
+
+@pytest.mark.errors
+def test_localized_balance_refusals():
+    logits, mask, sample, expert = balance_inputs()
+    gate = logits.softmax(-1)
+    for args, match in (
+        ((gate[0], mask, sample, expert), r"expected gate \[B, T, N\], got \[5, 4\]"),
+        ((gate, mask[:, :4], sample, expert), r"expected mask \[3, 5\].*got \[3, 4\]"),
+        ((gate, mask, sample[:2], expert), r"sample_type \[3\] and expert_type \[4\], got .*\[2\] and \[4\]"),
+        ((gate, mask, sample, sample), r"expert_type \[4\], got .* and \[3\]"),
+        ((gate * math.nan, mask, sample, expert), r"expected finite gates, got NaN or infinity"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            localized_balance(*args)
+    with pytest.raises(ValueError, match=r"expected delta in \[-1, 1\], got 1.5"):
+        localized_balance(gate, mask, sample, expert, delta=1.5)
+    with pytest.raises(TypeError, match=r"expected mask as a bool tensor"):
+        localized_balance(gate, mask.float(), sample, expert)
+    with pytest.raises(TypeError, match=r"expected sample_type as an integer tensor"):
+        localized_balance(gate, mask, sample.float(), expert)
