@@ -168,7 +168,7 @@ def test_modules_with_tuples_and_keywords():
 def test_a_gate_is_open_or_shut(g, is_open):
     base, x = layer(), f64(4, 5, seed=1)
     made = delta(base, 2, gate=0.15)
-    assert float(made.open()) == 1.0  # at first all are on
+    assert made.open().item() == 1.0  # at first all are on
     up, down = f64(3, 2, seed=5), f64(2, 5, seed=6)
     made.up.weight.data, made.down.weight.data, made.gate.data = up, down, tensor(g, dtype=torch.float64)
     expected = base(x) + is_open * (x @ down.T @ up.T)

@@ -357,8 +357,8 @@ def test_localized_balance_by_hand():
 
 
 def test_localized_balance_squared_is_the_squared_coefficient_of_variation():
-    # Gates of one token each, kinds 1 and 0: Z by hand, then Var / Mean^2. A number of the authors' code is in
-    # test_adapters_experts.py.
+    # Gates of one token each, kinds 1 and 0: Z by hand, then Var / Mean^2. A number of the authors' code
+    # is in test_adapters_experts.py.
     z = tensor([0.75, 0.375, 0.075, 0.0, 0.15, 0.15, 0.25, 0.5], dtype=torch.float64)
     gate = tensor([[[0.6, 0.3, 0.1, 0.0]], [[0.2, 0.2, 0.2, 0.4]]], dtype=torch.float64)
     kinds = tensor([1, 0]), tensor([1, 1, 0, 0])

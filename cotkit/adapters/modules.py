@@ -13,8 +13,8 @@ ahead than the next token (CAFT), ``future_logps`` what they, and the model, giv
 Through peft, not here: LoRA, DoRA, OFT, IA3, prompt and prefix tuning, CorDA's start from a decomposed weight
 (``LoraConfig(init_lora_weights="corda", corda_config=...)``), one adapter per task (``add_adapter``,
 ``set_adapter``). A prefix of peft's on top of ``inject(model, "mlp$", lambda m: delta(m, 512, d_in=d,
-act=torch.relu, scale=4.0))`` is the mix-and-match adapter; either freezes what it finds, so say in the end what
-is trained: ``freeze.only(model, r"prompt_encoder|\.(down|up)\.")``.
+act=torch.relu, scale=4.0))`` is the mix-and-match adapter; either freezes what it finds, so say in the end
+what is trained: ``freeze.only(model, r"prompt_encoder|\.(down|up)\.")``.
 """
 
 import copy
