@@ -2,11 +2,20 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import tensor
 
-from cotkit.analysis.forgetting import layer_change, token_shift
+from cotkit.analysis.forgetting import (
+    fit_forgetting_law,
+    forgetting_law,
+    layer_change,
+    steer_tuning,
+    token_shift,
+    tuning_contribution,
+)
+from cotkit.merge import checkpoint, save
 
 T, F = True, False
 
@@ -140,6 +149,150 @@ def test_half_precision_is_measured_in_double():
     before = {"w": torch.full((4096,), 1.0, dtype=torch.bfloat16)}
     after = {"w": torch.full((4096,), 1.0078125, dtype=torch.bfloat16)}  # one step of bfloat16
     assert layer_change(before, after)["change"][0] == pytest.approx(0.0078125 * 64, abs=1e-12)
+
+
+def test_change_is_read_from_files_too(tmp_path):
+    before, after = {"a": draw(1, 3, 2), "b": draw(2, 4)}, {"a": draw(3, 3, 2), "b": draw(4, 4)}
+    files = [
+        checkpoint(save(state, tmp_path / f"{i}.safetensors")) for i, state in enumerate((before, after))
+    ]
+    assert layer_change(*files).equals(layer_change(before, after))
+
+
+# tuning_contribution, steer_tuning
+
+
+def block(weight):
+    return lambda x: torch.tanh(x) @ weight
+
+
+def test_tuco_by_hand():
+    def adds(*v):
+        return lambda x: x * 0 + tensor(v, dtype=torch.float64)
+
+    x = draw(1, 2, 3, 2)
+    none, one, other = adds(0.0, 0.0), adds(1.0, -2.0), adds(4.0, 2.0)
+    assert tuning_contribution([one, other], [one, other], x).tolist() == [0, 0]
+    assert tuning_contribution([none, none], [one, other], x).tolist() == [1, 1]
+    assert tuning_contribution([none], [none], x).tolist() == [0, 0]
+    # p = (1, -2) + (4, 2) = (5, 0); f = (3, 4) + (-3, -4): they cancel
+    assert tuning_contribution([one, other], [other, one], x).tolist() == [0, 0]
+    # p = (1, -2), f = (3, 4): 7 of 3 + 7
+    assert tuning_contribution([one], [other], x).tolist() == pytest.approx([0.7, 0.7])
+
+
+def slow_tuco(base, tuned, x, last):
+    x, p_sum, f_sum = x.clone(), torch.zeros_like(x), torch.zeros_like(x)
+    for p, f in zip(base, tuned, strict=True):
+        p_sum, f_sum, x = p_sum + p(x), f_sum + f(x) - p(x), x + f(x)
+    rows = []
+    for b, t in enumerate(last):
+        above = f_sum[b, t].abs().sum().item()
+        rows.append(above / (p_sum[b, t].abs().sum().item() + above))
+    return rows, x
+
+
+def test_tuco_follows_the_tuned_model():
+    base = [block(draw(i, 4, 4)) for i in range(3)]
+    tuned = [block(draw(i, 4, 4) + 0.3 * draw(i + 9, 4, 4)) for i in range(3)]
+    x = draw(20, 2, 5, 4)
+    expected, end = slow_tuco(base, tuned, x, [4, 4])
+    assert tuning_contribution(base, tuned, x).tolist() == pytest.approx(expected, abs=1e-12)
+    torch.testing.assert_close(steer_tuning(base, tuned, x), end, rtol=0, atol=1e-12)
+    ragged, _ = slow_tuco(base, tuned, x, [2, 4])  # rows padded on the right
+    assert tuning_contribution(base, tuned, x, last=tensor([2, 4])).tolist() == pytest.approx(
+        ragged, abs=1e-12
+    )
+    assert (
+        tuning_contribution(base, tuned, x, last=-1)[1] == tuning_contribution(base, tuned, x[1:], last=4)[0]
+    )
+    small = [block(draw(i, 4, 4) + 0.01 * draw(i + 9, 4, 4)) for i in range(3)]
+    assert (tuning_contribution(base, small, x) < tuning_contribution(base, tuned, x)).all()
+
+
+def test_steering():
+    base, tuned = [block(draw(i, 3, 3)) for i in range(2)], [block(draw(i + 5, 3, 3)) for i in range(2)]
+    x = draw(20, 1, 2, 3)
+    h = x
+    for p in base:
+        h = h + p(h)
+    torch.testing.assert_close(steer_tuning(base, tuned, x, alpha=0.0), h, rtol=0, atol=1e-12)
+    h = x
+    for p, f in zip(base, tuned, strict=True):
+        h = h + 1.25 * f(h) - 0.25 * p(h)
+    torch.testing.assert_close(steer_tuning(base, tuned, x, alpha=1.25), h, rtol=0, atol=1e-12)
+
+
+# forgetting_law, fit_forgetting_law
+
+
+LAW = {"a": 2e4, "alpha": 0.45, "b": 30.0, "beta": 0.6, "rho": 0.8, "s": 2.4}
+P, N = (v.ravel() for v in np.meshgrid([1e3, 3e3, 1e4, 1e5], [10.0, 30.0, 100.0, 1000.0]))
+
+
+def test_law_by_hand():
+    # s - (4^.5 + 3^2)^.5
+    law = {"a": 8.0, "alpha": 0.5, "b": 6.0, "beta": 2.0, "rho": 0.5, "s": 5.0}
+    assert float(forgetting_law(2.0, 2.0, **law)) == pytest.approx(5 - math.sqrt(11), abs=1e-12)
+    values = forgetting_law([1.0, 2.0, 4.0], 2.0, **law)
+    assert values.shape == (3,)
+    assert (np.diff(values) > 0).all()
+    assert (np.diff(forgetting_law(2.0, [1.0, 2.0, 4.0], **law)) > 0).all()
+    assert float(forgetting_law(1e30, 1e30, **law)) == pytest.approx(5.0, abs=1e-6)
+
+
+def test_fit_finds_the_law_that_made_the_points():
+    values = forgetting_law(P, N, **LAW)
+    found = fit_forgetting_law(P, N, values)
+    assert list(found) == list(LAW)
+    assert forgetting_law(P, N, **found) == pytest.approx(values, abs=1e-6)
+    assert found == pytest.approx(LAW, rel=0.02)
+    mixed = np.random.default_rng(0).permutation(len(P))
+    again = fit_forgetting_law(P[mixed].tolist(), N[mixed].tolist(), values[mixed].tolist())
+    assert again == pytest.approx(found, rel=0.02)
+
+
+def test_fit_to_noisy_points_predicts_points_left_out():
+    noise = np.random.default_rng(1).normal(0, 0.01, len(P))
+    kept = np.arange(len(P)) % 5 > 0
+    found = fit_forgetting_law(P[kept], N[kept], (forgetting_law(P, N, **LAW) + noise)[kept])
+    left = forgetting_law(P[~kept], N[~kept], **found) - forgetting_law(P[~kept], N[~kept], **LAW)
+    assert np.abs(left).max() < 0.05
+    inside = forgetting_law(P[kept], N[kept], **found) - (forgetting_law(P, N, **LAW) + noise)[kept]
+    true = noise[kept]
+    assert inside @ inside <= true @ true  # least squares: no worse than the truth itself
+    assert fit_forgetting_law(P[kept], N[kept], (forgetting_law(P, N, **LAW) + noise)[kept]) == found
+
+
+def test_fit_of_a_falling_loss_is_that_of_its_negative():
+    loss = 1.5 + ((300.0 / P) ** 0.5 + (20.0 / N) ** 0.5) ** 1.2
+    found = fit_forgetting_law(P, N, -loss)
+    assert found["s"] == pytest.approx(-1.5, abs=0.01)
+    assert -forgetting_law(P, N, **found) == pytest.approx(loss, abs=1e-6)
+
+
+@pytest.mark.errors
+def test_refusals_of_blocks_and_laws():
+    x, f = draw(1, 2, 3, 2), [block(draw(2, 2, 2))]
+    y = forgetting_law(P, N, **LAW)
+    for call, error, text in (
+        (lambda: tuning_contribution([], [], x), ValueError, "as many base_blocks as tuned_blocks, got 0, 0"),
+        (lambda: steer_tuning(f, f * 2, x), ValueError, "got 1, 2"),
+        (lambda: steer_tuning(f, f, x[0]), ValueError, r"hidden \[B, T, D\]"),
+        (lambda: steer_tuning(f, f, x, alpha=math.nan), ValueError, "alpha finite"),
+        (lambda: tuning_contribution(f, f, x, last=3), ValueError, "last among 3 tokens, got 3"),
+        (lambda: tuning_contribution(f, f, x, last=tensor([1])), ValueError, r"a number or \[B\], got \[1\]"),
+        (lambda: forgetting_law(0, 1, **LAW), ValueError, "parameters > 0"),
+        (lambda: forgetting_law(1, 1, **LAW | {"a": -1.0}), ValueError, "a > 0"),
+        (lambda: fit_forgetting_law(P, N, y[:-1]), ValueError, "one finite forgetting per point"),
+        (lambda: fit_forgetting_law(P, N, y * math.nan), ValueError, "one finite forgetting per point"),
+        (lambda: fit_forgetting_law(P[:6], N[:6], y[:6]), ValueError, "seven points or more"),
+        (lambda: fit_forgetting_law(P * 0 + 1, N, y), ValueError, "of several P and N"),
+        (lambda: fit_forgetting_law(P, N, -y), ValueError, "grows with P or N, got none"),
+        (lambda: fit_forgetting_law(P, -N, y), ValueError, "finite steps > 0"),
+    ):
+        with pytest.raises(error, match=text):
+            call()
 
 
 @pytest.mark.errors

@@ -376,36 +376,37 @@ def fit_forgetting_law(
     mid_p, mid_n = log_p.mean(), log_n.mean()
     x = np.stack([log_p - mid_p, log_n - mid_n])
 
-    def solve(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Residuals, and the (scale, s) that make them smallest; scale >= 0."""
-        alpha, beta, rho, lean = np.exp(theta)
-        g = (np.exp(-alpha * x[0]) + lean * np.exp(-beta * x[1])) ** rho
-        centred = g - g.mean()
-        power = centred @ centred
-        scale = max(-(centred @ (y - y.mean())) / power, 0.0) if power > 1e-300 else 0.0
-        return y - y.mean() + scale * centred, np.array([scale, y.mean() + scale * g.mean()])
+    def solve(theta: np.ndarray) -> tuple[np.ndarray, float, float]:
+        """Residuals, and the logarithm of the scale and s that make them smallest."""
+        alpha, beta, rho = np.exp(theta[:3])
+        power = rho * np.logaddexp(-alpha * x[0], theta[3] - beta * x[1])
+        g = np.exp(power - power.max())
+        centred, size = g - g.mean(), y - y.mean()
+        scale = max(-(centred @ size) / max(centred @ centred, 1e-300), 0.0)
+        log_scale = float(np.log(scale) - power.max()) if scale else -math.inf
+        return size + scale * centred, log_scale, float(y.mean() + scale * g.mean())
 
-    best = min(
-        (_descend(lambda t: solve(t)[0], np.log(np.array(start))) for start in product(*_STARTS)),
-        key=lambda theta: float(np.square(solve(theta)[0]).sum()),
-    )
-    scale, s = solve(best)[1]
-    if scale <= 0:
+    def residuals(theta: np.ndarray) -> np.ndarray:
+        return solve(theta)[0]
+
+    starts = (_descend(residuals, np.log(np.array(start))) for start in product(*_STARTS))
+    best = min(starts, key=lambda theta: float(np.square(residuals(theta)).sum()))
+    _, log_scale, s = solve(best)
+    if log_scale == -math.inf:
         raise ValueError(f"{fn}: expected forgetting that grows with P or N, got none. Is its sign right?")
-    alpha, beta, rho, lean = (float(v) for v in np.exp(best))
-    log_scale = np.log(scale) / rho
+    alpha, beta, rho = (float(v) for v in np.exp(best[:3]))
     return {
-        "a": float(np.exp(mid_p + log_scale / alpha)),
+        "a": float(np.exp(mid_p + log_scale / rho / alpha)),
         "alpha": alpha,
-        "b": float(np.exp(mid_n + (np.log(lean) + log_scale) / beta)),
+        "b": float(np.exp(mid_n + (best[3] + log_scale / rho) / beta)),
         "beta": beta,
         "rho": rho,
-        "s": float(s),
+        "s": s,
     }
 
 
 _STARTS = ((0.2, 0.8), (0.2, 0.8), (0.5, 1.5), (0.3, 3.0))  # alpha, beta, rho, weight of N against P
-_FLAT = 4.0  # how far the logarithms of the four may go, so that no power overflows
+_WIDEST = np.array([3.0, 3.0, 3.0, 12.0])  # how far the logarithms of the four may go
 
 
 def _descend(residuals: Callable[[np.ndarray], np.ndarray], theta: np.ndarray) -> np.ndarray:
@@ -418,7 +419,7 @@ def _descend(residuals: Callable[[np.ndarray], np.ndarray], theta: np.ndarray) -
         while damping < 1e12:
             lift = damping * (normal.diagonal().max() + 1e-30)
             move = np.linalg.solve(normal + lift * np.eye(len(theta)), pull)
-            tried = np.clip(theta - move, -_FLAT, _FLAT)
+            tried = np.clip(theta - move, -_WIDEST, _WIDEST)
             found = residuals(tried)
             if found @ found < r @ r:
                 break

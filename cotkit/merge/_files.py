@@ -5,7 +5,6 @@ only what lies there complete.
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -221,8 +220,8 @@ def save(
 ) -> Path:
     r"""Write a state to safetensors, tensor by tensor; the result appears whole or not at all.
 
-    Everything is written beside ``out`` first, to disk, and moved there in the end: if a tensor cannot be
-    made or the disk is full, what was there before is still there.
+    Everything is written beside ``out`` first and moved there in the end: if a tensor cannot be made, the
+    disk is full or the process dies, what was there before is still there.
 
     Args:
         state: what to write; a lazy one is made while it is written.
@@ -330,7 +329,7 @@ def _write_shards(state: Mapping[str, Tensor], folder: Path, max_shard: int | No
 
 
 def _close(stream: Any, room: int, held: dict[str, tuple[str, list[int], int, int]]) -> None:
-    """Write the header into the room that was left for it, and the file to disk."""
+    """Write the header into the room that was left for it."""
     head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     head |= {n: {"dtype": k, "shape": s, "data_offsets": [a, b]} for n, (k, s, a, b) in held.items()}
     text = json.dumps(head, separators=(",", ":")).encode()
@@ -338,7 +337,6 @@ def _close(stream: Any, room: int, held: dict[str, tuple[str, list[int], int, in
         raise ValueError(f"save: expected a header of at most {room} bytes, got {len(text)}.")
     stream.seek(0)
     stream.write(room.to_bytes(8, "little") + text + b" " * (room - len(text)))
-    os.fsync(stream.fileno())
     stream.close()
 
 

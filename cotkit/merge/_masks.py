@@ -10,6 +10,8 @@ from torch import Tensor
 from cotkit import _check
 from cotkit.merge._states import PIECE, each, labelled, like, pieces, wide
 
+_SORTED = 1 << 17  # entries up to which sorting is the cheaper way
+
 
 def breadcrumbs(
     base: Mapping[str, Tensor],
@@ -77,7 +79,7 @@ def breadcrumbs(
             width = xs[0].shape[-1]
             for where, (start, *parts) in _by_rows(xs):
                 kept = band(width)
-                flat[where] = _sum(start, [_row_mask(part - start, kept) for part in parts], alpha)
+                flat[where] = _sum(start, [_row_mask(part - start, kept) for part in parts], alpha).view(-1)
             return made
         kept = range(xs[0].numel()) if xs[0].dim() == 0 else band(xs[0].numel())
         masks = [_mask(x, xs[0], kept) for x in xs[1:]]
@@ -108,9 +110,9 @@ def _by_rows(xs: list[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
 
 
 def _row_mask(taus: Tensor, kept: range) -> Tensor:
-    """Rows [R, n] with only the entries whose rank by size lies in ``kept``, flat."""
+    """Rows [R, n] with only the entries whose rank by size lies in ``kept``."""
     order = taus.abs().argsort(dim=-1, stable=True)[:, kept.start : kept.stop]
-    return torch.zeros_like(taus).scatter(1, order, taus.gather(1, order)).reshape(-1)
+    return torch.zeros_like(taus).scatter(1, order, taus.gather(1, order))
 
 
 def _mask(tuned: Tensor, base: Tensor, kept: range) -> Callable[[Tensor], Tensor]:
@@ -124,19 +126,21 @@ def _mask(tuned: Tensor, base: Tensor, kept: range) -> Callable[[Tensor], Tensor
         for _, (theta, start) in pieces([tuned, base], wide(base)):
             yield (theta - start).abs()
 
-    edges = _ranked(sizes, (kept.start, kept.stop - 1), wide(base), base.device)
-    seen = dict.fromkeys(edges, 0)  # entries of each of the two sizes so far: their ranks count on from there
+    found = _ranked(sizes, (kept.start, kept.stop - 1), base.numel(), wide(base), base.device)
+    ranks: dict[float, int] = {}
+    # Of the entries that are as large as an edge, some may lie outside: those whose rank does.
+    for edge, first, count in found:
+        if first < kept.start or first + count > kept.stop:
+            ranks[edge] = first
 
     def mask(tau: Tensor) -> Tensor:
         size = tau.abs()
-        keep = (size > min(edges)) & (size < max(edges))
-        for edge, smaller in edges.items():
-            same = size == edge
-            count = int(same.sum())
-            if count:
-                rank = smaller + seen[edge] - 1 + same.cumsum(0)
-                keep |= same & (rank >= kept.start) & (rank < kept.stop)
-                seen[edge] += count
+        keep = (size >= found[0][0]) & (size <= found[1][0])
+        for edge, first in ranks.items():
+            same = (size == edge).nonzero()[:, 0]
+            rank = first + torch.arange(len(same), device=tau.device)
+            keep[same] = (rank >= kept.start) & (rank < kept.stop)
+            ranks[edge] += len(same)  # the next piece goes on from here
         return torch.where(keep, tau, 0.0)
 
     return mask
@@ -145,30 +149,36 @@ def _mask(tuned: Tensor, base: Tensor, kept: range) -> Callable[[Tensor], Tensor
 def _ranked(
     sizes: Callable[[], Iterator[Tensor]],
     ranks: tuple[int, int],
+    n: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> dict[float, int]:
-    """Return the values at some ranks (0 the smallest) -> how many entries are smaller.
+) -> list[tuple[float, int, int]]:
+    """Return for each rank (0 the smallest) its value, how many entries are smaller, and how many equal.
 
-    No sort and no copy: the bits of numbers >= 0 are ordered as they are, so 16 bits at a time are counted.
+    Large tensors are not sorted, which would take several times their memory: the bits of numbers >= 0 are
+    ordered as the numbers are, so they are counted, 16 bits at a time.
     """
+    if n <= _SORTED:
+        values = torch.cat(list(sizes())).sort().values
+        edges = values[list(ranks)]
+        below, upto = (torch.searchsorted(values, edges, right=right).tolist() for right in (False, True))
+        return [(float(v), a, b - a) for v, a, b in zip(edges, below, upto, strict=True)]
     whole = torch.int64 if dtype == torch.float64 else torch.int32
-    found = {rank: (0, rank, 0) for rank in ranks}  # bits so far, rank among those that share them, smaller
+    found = {rank: (0, rank, 0, 0) for rank in ranks}  # bits so far, rank among these, smaller, equal
     for shift in range(torch.iinfo(whole).bits - 16, -1, -16):
         first = shift + 16 == torch.iinfo(whole).bits
-        counts = {
-            bits: torch.zeros(1 << 16, dtype=torch.int64, device=device) for bits, _, _ in found.values()
-        }
+        counts = {bits: torch.zeros(1 << 16, dtype=torch.int64, device=device) for bits, *_ in found.values()}
         for piece in sizes():
             number = piece.view(whole)
             for bits, count in counts.items():
                 chosen = number if first else number[(number >> (shift + 16)) == bits]
                 count += torch.bincount((chosen >> shift) & 0xFFFF, minlength=1 << 16)
-        for rank, (bits, left, smaller) in found.items():
-            upto = counts[bits].cumsum(0)
-            digit = int(torch.searchsorted(upto, left, right=True))
-            before = int(upto[digit - 1]) if digit else 0
-            found[rank] = (bits << 16 | digit, left - before, smaller + before)
-    return {
-        float(torch.tensor(bits, dtype=whole).view(dtype)): smaller for bits, _, smaller in found.values()
-    }
+        for rank, (bits, left, smaller, _) in found.items():
+            sums = counts[bits].cumsum(0)
+            digit = int(torch.searchsorted(sums, left, right=True))
+            before = int(sums[digit - 1]) if digit else 0
+            found[rank] = (bits << 16 | digit, left - before, smaller + before, int(sums[digit]) - before)
+    return [
+        (float(torch.tensor(bits, dtype=whole).view(dtype)), smaller, equal)
+        for bits, _, smaller, equal in (found[rank] for rank in ranks)
+    ]
