@@ -178,6 +178,22 @@ SHOWN_ELSEWHERE = {
     "cotkit.merge.": "tests/test_merge.py",
     "cotkit.analysis.forgetting.": "tests/test_analysis_forgetting.py",
     "cotkit.adapters.lora.": "tests/test_adapters_lora.py",
+    "cotkit.adapters.experts.": "tests/test_adapters_experts.py",
+    "cotkit.adapters.freeze.": "tests/test_adapters_freeze.py",
+    "cotkit.adapters.sparse.": "tests/test_adapters_sparse.py",
+    "cotkit.adapters.modules.chain_linear": "tests/test_adapters_inject.py",
+    "cotkit.adapters.modules.delta": "tests/test_adapters_delta.py",
+    "cotkit.adapters.modules.error_head": "tests/test_adapters_inject.py",
+    "cotkit.adapters.modules.fold": "tests/test_adapters_inject.py",
+    "cotkit.adapters.modules.givens": "tests/test_adapters_inject.py",
+    "cotkit.adapters.modules.inject": "tests/test_adapters_inject.py",
+    "cotkit.losses.regularize.localized_balance": "tests/test_losses_regularize.py",
+    "cotkit.metrics.best_at_k": "tests/test_metrics.py",
+    "cotkit.metrics.flips": "tests/test_metrics.py",
+    "cotkit.rewrite.structure.reveal_steps": "tests/test_rewrite_structure.py",
+    "cotkit.select.curriculum.match_distribution": "tests/test_select_curriculum.py",
+    "cotkit.select.difficulty.": "tests/test_select_difficulty.py",
+    "cotkit.select.rehearsal.": "tests/test_select_rehearsal.py",
 }
 
 
