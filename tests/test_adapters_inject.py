@@ -210,6 +210,27 @@ def test_one_on_another_is_folded_through():
     torch.testing.assert_close(model(x), before)
 
 
+def test_chains_are_stored_whole_and_folded(tmp_path):
+    def built(seed):
+        torch.manual_seed(5)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
+        inject(
+            model, "0", lambda m: chain_linear(m, [3], [4], expand=(2, 1), zero=False, generator=gen(seed))
+        )
+        return model
+
+    model, x = trained(built(1)), torch.randn(5, 5, generator=gen())
+    names = save(model, tmp_path / "chains.safetensors")
+    assert names == ["0.weights.0", "0.weights.1", "0.biases.0", "0.biases.1"]
+    again = built(2)
+    load(again, tmp_path / "chains.safetensors")
+    assert torch.equal(again(x), model(x))
+    assert fold(again) == ["0"]
+    assert again[0].weight.shape == (5, 5)
+    assert not again[0].weight[:4, 3:].any()
+    torch.testing.assert_close(again(x), model(x))
+
+
 def test_conv1d_stays_conv1d():
     from transformers.pytorch_utils import Conv1D
 

@@ -175,7 +175,7 @@ def router(
     Raises:
         ValueError: a number out of range.
 
-    Source: LoRAMoE (2023) arXiv:2312.09979 Eq. 5
+    Source: LoRAMoE (2023) arXiv:2312.09979
     Source: MoR (2025) arXiv:2503.23362
     Basis: authors' code for LoRAMoE, run (equal outputs); the mixture reconstructed from an abstract.
     Differs: LoRAMoE nothing; of the mixture the order softmax, mix, top-k, renormalise is our reading.
@@ -277,7 +277,7 @@ def lora_experts(
         ValueError: not a linear layer, a number out of range, or, in the forward pass, gates of another
             shape.
 
-    Source: LoRAMoE (2023) arXiv:2312.09979 Eq. 6
+    Source: LoRAMoE (2023) arXiv:2312.09979
     Source: MoTE (2024) arXiv:2405.00557
     Source: MoR (2025) arXiv:2503.23362
     Basis: authors' code for LoRAMoE, run (equal outputs); MoTE after its text; MoR from an abstract.

@@ -68,10 +68,10 @@ def valve(model: nn.Module, alpha: float | Tensor) -> Iterator[None]:
         ...     torch.equal(closed, model(ids).logits)
         True
     """
-    factor = _factor(alpha)
+    rows = _rows(_factor(alpha))
     handles = []
     try:
-        for module, hook in _branches(model, factor):
+        for module, hook in _branches(model, rows):
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
         yield
     finally:
@@ -151,29 +151,34 @@ def _factor(alpha: Any) -> Tensor:
     return torch.tensor(float(alpha), dtype=torch.float64)
 
 
-def _rows(factor: Tensor, out: Tensor) -> Tensor:
-    """The factor, broadcast over everything but the rows of ``out``, at least in float32."""
-    dtype = torch.promote_types(out.dtype, torch.float32)
-    if factor.dim() == 1:
-        if len(factor) != len(out):
+def _rows(factor: Tensor) -> Callable[[Tensor], Tensor]:
+    """The factor for an output: over all but its rows, at least in float32, copied to a device once."""
+    placed: dict[Any, Tensor] = {}
+
+    def rows(out: Tensor) -> Tensor:
+        if factor.dim() == 1 and len(factor) != len(out):
             raise ValueError(
                 f"valve: expected one alpha for each of {len(out)} rows, got {len(factor)}. "
                 f"Several answers per prompt are rows too: alpha.repeat_interleave(n)."
             )
-        factor = factor.view(-1, *[1] * (out.dim() - 1))
-    return factor.to(out.device, dtype)
+        key = out.device, torch.promote_types(out.dtype, torch.float32)
+        if key not in placed:
+            placed[key] = factor.to(*key)
+        return placed[key].view(-1, *[1] * (out.dim() - 1)) if factor.dim() else placed[key]
+
+    return rows
 
 
-def _scaled(factor: Tensor) -> Callable:
+def _scaled(rows: Callable[[Tensor], Tensor]) -> Callable:
     def hook(_module: nn.Module, _args: Any, _kwargs: Any, out: Tensor) -> Tensor:
-        rows = _rows(factor, out)
+        by = rows(out)
         # a tensor on purpose, never a number: checkpointing then notices a backward pass outside of the block
-        return (out.to(rows.dtype) * rows).to(out.dtype)
+        return (out.to(by.dtype) * by).to(out.dtype)
 
     return hook
 
 
-def _interpolated(factor: Tensor, base: nn.Module) -> Callable:
+def _interpolated(rows: Callable[[Tensor], Tensor], base: nn.Module) -> Callable:
     """Output of the base plus alpha times what the module changes; exact at 0 and at 1."""
 
     def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
@@ -181,14 +186,14 @@ def _interpolated(factor: Tensor, base: nn.Module) -> Callable:
             return out
         plain = base(*args, **{k: v for k, v in kwargs.items() if k not in _OWN_ARGUMENTS})
         first, start = (out[0], plain[0]) if isinstance(out, tuple) else (out, plain)
-        rows = _rows(factor, first)
-        mixed = torch.lerp(start.to(rows.dtype), first.to(rows.dtype), rows).to(first.dtype)
+        by = rows(first)
+        mixed = torch.lerp(start.to(by.dtype), first.to(by.dtype), by).to(first.dtype)
         return (mixed, *out[1:]) if isinstance(out, tuple) else mixed
 
     return hook
 
 
-def _branches(model: nn.Module, factor: Tensor) -> list[tuple[nn.Module, Callable]]:
+def _branches(model: nn.Module, rows: Callable[[Tensor], Tensor]) -> list[tuple[nn.Module, Callable]]:
     """What to hook: the last map of each branch, or the whole layer where a branch cannot be told apart."""
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -198,13 +203,13 @@ def _branches(model: nn.Module, factor: Tensor) -> list[tuple[nn.Module, Callabl
             raise ValueError(f"valve: expected LoRA beside the weights, got {name} merged. Unmerge it first.")
         maps = [layer.lora_B[a] for a in layer.lora_B]
         if maps and all(isinstance(m, nn.Module) for m in maps) and not layer.lora_variant:
-            found += [(m, _scaled(factor)) for m in maps]
+            found += [(m, _scaled(rows)) for m in maps]
         else:
-            found.append((layer, _interpolated(factor, layer.base_layer)))
+            found.append((layer, _interpolated(rows, layer.base_layer)))
     for _, wrapped in model.named_modules():
         if isinstance(wrapped, Wrapped):
             branch = wrapped.branch
-            hook = _interpolated(factor, wrapped.base) if branch is None else _scaled(factor)
+            hook = _interpolated(rows, wrapped.base) if branch is None else _scaled(rows)
             found.append((wrapped if branch is None else branch, hook))
     if not found:
         raise ValueError("valve: expected a model with LoRA, got none. Use peft.get_peft_model or inject.")

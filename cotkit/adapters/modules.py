@@ -395,8 +395,8 @@ def delta(
 def givens(linear: nn.Module, *, free: bool = False) -> nn.Module:
     r"""Rotate the input of a linear layer by d - 1 angles: an orthogonal change of its weight.
 
-    $W^\* = R W$, so $y = W^\top R^\top x$, with $R = P_1 P_2 \cdots$; level $P_r$ rotates the pairs of
-    coordinates $(2^r k, 2^r k + 2^{r-1})$, each by an angle of its own. All lengths and the singular
+    $y = (R W)^\top x = W^\top R^\top x$ for W [in, out], $R = P_1 P_2 \cdots$; level $P_r$ rotates the
+    pairs of coordinates $(2^r k, 2^r k + 2^{r-1})$, each by an angle of its own. All lengths and the singular
     values of the weight stay what they were. ``free``: each 2 x 2 block is any matrix, kept near a
     rotation by ``penalty()``, the sum of the squared inner products of the two columns (their lengths are
     free).

@@ -54,8 +54,9 @@ def principal(
         entries. Follows the paper.
 
     Example:
-        >>> principal(torch.tensor([[3.0, 0.0, 1.0], [0.0, 5.0, 0.0]]), 1, 1)  # rank 1: 5 alone is left
-        tensor([[ True, False,  True],
+        >>> weight = torch.outer(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0, 5.0]))  # of rank 1
+        >>> principal(weight, 1, 1)  # k = (2 + 3) * 1 of 6: all but the smallest
+        tensor([[False,  True,  True],
                 [ True,  True,  True]])
     """
     _check.ndim("principal", "M N", weight=weight)

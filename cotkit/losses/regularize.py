@@ -170,7 +170,7 @@ def localized_balance(
         ValueError: shapes do not fit, ``delta`` outside [-1, 1], or a gate that counts is NaN or infinite.
         TypeError: ``mask`` is not bool, a kind no integer.
 
-    Source: LoRAMoE (2023) arXiv:2312.09979 Eq. 8-10
+    Source: LoRAMoE (2023) arXiv:2312.09979
     Basis: authors' code, run (equal numbers for ``squared`` without padding); the paper's own form from
         memory.
     Differs: the released code divides by the squared mean (``squared``) and counts the gates of padding
