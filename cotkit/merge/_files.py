@@ -5,6 +5,7 @@ only what lies there complete.
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -38,7 +39,8 @@ _DTYPES = {
 }
 _INDEX = "model.safetensors.index.json"
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")  # beside the weights: config, tokenizer
-_Entry = tuple[Path, torch.dtype, tuple[int, ...], int, int]  # file, type, shape, first byte, bytes
+_Stamp = tuple[int, int, int]  # which file, its size, when it was written
+_Entry = tuple[Path, _Stamp, torch.dtype, tuple[int, ...], int, int]  # ..., type, shape, first byte, bytes
 
 
 def checkpoint(path: str | Path) -> Mapping[str, Tensor]:
@@ -56,7 +58,8 @@ def checkpoint(path: str | Path) -> Mapping[str, Tensor]:
 
     Raises:
         ValueError: nothing there, a shard missing, a header that cannot be right, a file that is too short
-            (the first tensor it cuts is named) or too long, an index that speaks of other tensors.
+            (the first tensor it cuts is named) or too long, an index that speaks of other tensors; later, a
+            file that was written anew.
         TypeError: a tensor of a type that torch does not have.
 
     Source: none (plumbing)
@@ -117,8 +120,9 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _header(file: Path) -> dict[str, _Entry]:
     """Read what a file says it holds, and check that it can hold it."""
-    size = file.stat().st_size
     with file.open("rb") as stream:
+        stamp = _stamp(stream)
+        size = stamp[1]
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
             raise ValueError(
@@ -153,16 +157,28 @@ def _header(file: Path) -> dict[str, _Entry]:
                 f"checkpoint: expected {8 + length + max(item[4] for item in items)} bytes in {file}, got "
                 f"{size}: {name!r} is cut. The file was not written, or not downloaded, to its end."
             )
-        entries[name] = (file, _DTYPES[kind], shape, 8 + length + start, stop - start)
+        entries[name] = (file, stamp, _DTYPES[kind], shape, 8 + length + start, stop - start)
     if 8 + length + at != size:
         raise ValueError(f"checkpoint: expected {8 + length + at} bytes in {file}, got {size}.")
     return entries
 
 
-def _read(name: str, file: Path, dtype: torch.dtype, shape: tuple[int, ...], start: int, size: int) -> Tensor:
+def _stamp(stream: Any) -> _Stamp:
+    found = os.fstat(stream.fileno())
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _read(
+    name: str, file: Path, stamp: _Stamp, dtype: torch.dtype, shape: tuple[int, ...], start: int, size: int
+) -> Tensor:
     buffer = torch.empty(size, dtype=torch.uint8)
     view, done = memoryview(buffer.numpy().data), 0
     with file.open("rb", buffering=0) as stream:
+        if _stamp(stream) != stamp:
+            raise ValueError(
+                f"checkpoint: expected {file} as it was opened, got another before {name!r} was read. "
+                f"Open the checkpoint again."
+            )
         stream.seek(start)
         while done < size:  # a call gives 2 GB at most
             got = stream.readinto(view[done:])
