@@ -66,6 +66,7 @@ claims: setup
 	$(PY) scripts/claims_md.py --check
 	$(PY) scripts/sweep_spine.py --recheck
 	$(PY) scripts/sweep_supervised.py --recheck
+	$(PY) scripts/sweep_alignment.py --recheck
 
 lab: setup
 	$(PY) -m jupyter lab notebooks

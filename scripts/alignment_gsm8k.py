@@ -94,6 +94,7 @@ def run(base: int, seed: int) -> list[dict]:
     s = SETTINGS
     start, tokenizer = lab.load("tiny", seed=base)
     gold = lab.rows("gsm8k", "train", n=s["questions"], seed=seed)
+    gold = [row for row in gold if len(tokenizer(row["prompt"])["input_ids"]) < s["max_length"] - 20]
     how = {"fmt": "gsm8k", "max_length": s["max_length"], "seed": seed}
     first = {"steps": s["sft_steps"], "batch": s["sft_batch"], "lr": s["sft_lr"]}
     lab.fit(start, tokenizer, gold, spine.sft_loss, **first, **how)

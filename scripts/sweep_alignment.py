@@ -79,7 +79,7 @@ ARMS = {
     "gsm8k": ("all",),
 }  # fmt: skip
 # Parts with fewer runs.
-FEWER = {"both": RUNS[:3], "beta": RUNS[:3], "size": RUNS[:3], "rate": RUNS[:3], "gsm8k": real.RUNS}
+FEWER = {"both": RUNS[:3], "beta": RUNS[:3], "size": RUNS[:3], "gsm8k": real.RUNS}
 TUNED = ("story", "ranking", "family")
 # Parts whose tables also show these arms of the story.
 WITH_STORY = ("beta", "ranking", "size", "family", "rate")
