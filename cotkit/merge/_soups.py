@@ -57,7 +57,7 @@ def average(
             flat[where] = out
         return made
 
-    return each("average", named, rule)
+    return each("average", named, rule, linear=all(shares))
 
 
 def _shares(n: int, weights: Sequence[float] | None) -> list[float]:

@@ -100,8 +100,10 @@ def ties(fn: str, states: dict[str, State]) -> dict[str, str]:
     return found
 
 
-def tensors(fn: str, name: str, states: dict[str, State], *, one_dtype: bool = True) -> list[Tensor]:
-    """Return the tensor of that name from every state, checked against each other and for NaN."""
+def tensors(
+    fn: str, name: str, states: dict[str, State], *, one_dtype: bool = True, look: bool = True
+) -> list[Tensor]:
+    """Return the tensor of that name from every state, checked against each other and (look) for NaN."""
     found = {label: state[name] for label, state in states.items()}
     for label, x in found.items():
         if not isinstance(x, Tensor):
@@ -124,7 +126,7 @@ def tensors(fn: str, name: str, states: dict[str, State], *, one_dtype: bool = T
         if any(said(x) != said(values[0]) for x in values):
             got = ", ".join(f"{label} {said(x)}" for label, x in found.items())
             raise ValueError(f"{fn}: expected {name!r} of one {what}, got {got}.")
-    if values[0].is_floating_point():
+    if look and values[0].is_floating_point():
         for label, x in found.items():
             finite(fn, name, x, label)
     packed = values[0].dtype in (torch.int8, torch.uint8)
@@ -138,10 +140,14 @@ def tensors(fn: str, name: str, states: dict[str, State], *, one_dtype: bool = T
 
 def finite(fn: str, name: str, x: Tensor, label: str) -> None:
     """Raise if a tensor holds a NaN or an infinity."""
-    for piece in x.detach().reshape(-1).split(PIECE):
-        if not bool(piece.sum(dtype=wide(x)).isfinite()) and not bool(piece.isfinite().all()):
-            where = "the result overflows" if label == "the result" else f"{label} is broken there"
-            raise ValueError(f"{fn}: expected finite numbers in {name!r}, got NaN or infinity: {where}.")
+    if not _all_finite(x):
+        where = "the result overflows" if label == "the result" else f"{label} is broken there"
+        raise ValueError(f"{fn}: expected finite numbers in {name!r}, got NaN or infinity: {where}.")
+
+
+def _all_finite(x: Tensor) -> bool:
+    pieces = x.detach().reshape(-1).split(PIECE)
+    return all(bool(p.sum(dtype=wide(x)).isfinite()) or bool(p.isfinite().all()) for p in pieces)
 
 
 def kind(x: Tensor) -> str:
@@ -168,10 +174,12 @@ def each(
     rule: Callable[[str, list[Tensor]], Tensor],
     *,
     one_dtype: bool = True,
+    linear: bool = False,
     by_name: Callable[[str], Any] | None = None,
 ) -> dict[str, Tensor]:
     """Merge name by name; integers come from the first state, and what was tied stays tied.
 
+    ``linear`` says that a NaN in any state is a NaN in the result: then only that is looked through.
     ``by_name`` is what the rule makes of a name, so that two tied names are not treated differently.
     """
     names, shared = same_names(fn, states), ties(fn, states)
@@ -186,10 +194,13 @@ def each(
         if shared.get(name) in merged:
             merged[name] = merged[shared[name]]
             continue
-        xs = tensors(fn, name, states, one_dtype=one_dtype)
+        xs = tensors(fn, name, states, one_dtype=one_dtype, look=not linear)
         if xs[0].is_floating_point():
             merged[name] = rule(name, xs)
-            finite(fn, name, merged[name], "the result")
+            if not _all_finite(merged[name]):
+                for label, x in zip(states, xs, strict=True):
+                    finite(fn, name, x, label)
+                finite(fn, name, merged[name], "the result")
         else:
             merged[name] = xs[0].clone()
         del xs

@@ -41,7 +41,7 @@ def delta(tuned: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, 
             flat[where] = theta - start
         return made
 
-    return each("delta", labelled("delta", {"tuned": tuned, "base": base}), rule)
+    return each("delta", labelled("delta", {"tuned": tuned, "base": base}), rule, linear=True)
 
 
 def apply(
