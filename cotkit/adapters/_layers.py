@@ -220,8 +220,8 @@ class ErrorHead(nn.Module):
         earlier = pad(known, (0, 0, 1, 0))[:, :width]  # what is known of t comes after t
         x = self.state(hidden.detach()) + self.error(earlier)
         steps = torch.arange(width, device=x.device)
-        seen = (steps[:, None] >= steps) & there[:, None, :]
-        seen = seen | (steps[:, None] == steps)  # padding sees itself: a row without any key would be NaN
+        seen = (steps[:, None] > steps) & there[:, None, :]
+        seen = seen | (steps[:, None] == steps)  # itself, padding too: a row without any key would be NaN
         for block in self.blocks:
             x = block(x, seen)
         return self.out(self.norm(x))

@@ -364,7 +364,7 @@ def delta(
         >>> lora = delta(layer, 1, scale=0.5)
         >>> _ = nn.init.constant_(lora.down.weight, 3.0), nn.init.constant_(lora.up.weight, 2.0)
         >>> x = torch.tensor([[1.0, 4.0]])
-        >>> (lora(x) - layer(x)).item()  # 0.5 * 2 * (3 + 12)
+        >>> round((lora(x) - layer(x)).item(), 3)  # 0.5 * 2 * (3 + 12)
         15.0
     """
     _check.integers("delta", r=r, chain=chain)

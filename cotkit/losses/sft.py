@@ -441,7 +441,9 @@ def multi_token(
 def _possible(fn: str, mask: Tensor, **logps: Tensor) -> None:
     """Refuse -inf and NaN that count, on the CPU: a difference or a weight of 0 would turn them into NaN."""
     for name, x in logps.items():
-        counted = x.detach()[mask] if x.device.type == "cpu" else x.new_zeros(0)
+        if x.device.type != "cpu":
+            continue
+        counted = x.detach()[mask]
         if not bool(counted.isfinite().all()):
             raise ValueError(
                 f"{fn}: expected {name} finite under the mask, got {counted[~counted.isfinite()][0]:.4g}. "

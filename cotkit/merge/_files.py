@@ -1,10 +1,11 @@
 """Safetensors as a stream: one tensor at a time in, one at a time out, and no half-written result.
 
 The format is read and written here rather than by its library, which maps whole files into memory and writes
-only what lies there complete.
+only what lies there complete. A merge looks at its inputs through windows of one tensor each.
 """
 
 import json
+import mmap
 import os
 import re
 import shutil
@@ -104,7 +105,9 @@ def checkpoint(path: str | Path) -> Mapping[str, Tensor]:
                     f"checkpoint: expected {name!r} in {listed.get(name, 'the index')}, got it {there}. "
                     f"{index} does not belong to these shards."
                 )
-    return Lazy(list(entries), lambda name: _read(name, *entries[name]))
+    return Lazy(
+        list(entries), lambda name: _read(name, *entries[name]), lambda name: _map(name, *entries[name])
+    )
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -174,11 +177,7 @@ def _read(
     buffer = torch.empty(size, dtype=torch.uint8)
     view, done = memoryview(buffer.numpy().data), 0
     with file.open("rb", buffering=0) as stream:
-        if _stamp(stream) != stamp:
-            raise ValueError(
-                f"checkpoint: expected {file} as it was opened, got another before {name!r} was read. "
-                f"Open the checkpoint again."
-            )
+        _same_file(name, file, stamp, stream)
         stream.seek(start)
         while done < size:  # a call gives 2 GB at most
             got = stream.readinto(view[done:])
@@ -188,12 +187,33 @@ def _read(
     return buffer.view(dtype).reshape(shape)
 
 
+def _map(
+    name: str, file: Path, stamp: _Stamp, dtype: torch.dtype, shape: tuple[int, ...], start: int, size: int
+) -> Tensor:
+    """The tensor as a private window on its file: nothing is copied."""
+    if not size or start % dtype.itemsize:  # nothing to map, or numbers that lie askew
+        return _read(name, file, stamp, dtype, shape, start, size)
+    before = start % mmap.ALLOCATIONGRANULARITY
+    with file.open("rb") as stream:
+        _same_file(name, file, stamp, stream)
+        window = mmap.mmap(stream.fileno(), before + size, access=mmap.ACCESS_COPY, offset=start - before)
+    return torch.frombuffer(window, dtype=torch.uint8)[before:].view(dtype).reshape(shape)
+
+
+def _same_file(name: str, file: Path, stamp: _Stamp, stream: Any) -> None:
+    if _stamp(stream) != stamp:
+        raise ValueError(
+            f"checkpoint: expected {file} as it was opened, got another before {name!r} was read. "
+            f"Open the checkpoint again."
+        )
+
+
 def lazy(rule: Callable[..., Mapping[str, Tensor]], *states: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     r"""A merge that is made tensor by tensor, when a tensor is asked for.
 
     Because every merge works name by name, ``rule`` is called with states of one name each:
     ``lazy(lambda base, *tuned: model_stock(base, tuned), *map(checkpoint, paths))``. Memory holds one tensor
-    of each state and the result.
+    of each state and the result. Files must not be written to, other than by ``save``, while it reads them.
 
     Args:
         rule: states (as many as given, one tensor in each) -> a state with the merged tensor under its name.
@@ -217,11 +237,13 @@ def lazy(rule: Callable[..., Mapping[str, Tensor]], *states: Mapping[str, Tensor
     named = labelled("lazy", {}, {"states": states})
 
     def make(name: str) -> Tensor:
-        made = rule(*({name: state[name]} for state in states))
+        lent = [state.lend(name) if isinstance(state, Lazy) else state[name] for state in states]
+        made = rule(*({name: x} for x in lent))
         if not isinstance(made, Mapping) or list(made) != [name]:
             got = list(made) if isinstance(made, Mapping) else type(made).__name__
             raise ValueError(f"lazy: expected rule to return a state with {name!r} alone, got {got}.")
-        return made[name]
+        memory = [x.untyped_storage().data_ptr() for x in lent]
+        return made[name].clone() if made[name].untyped_storage().data_ptr() in memory else made[name]
 
     return Lazy(same_names("lazy", named), make)
 

@@ -123,7 +123,7 @@ def _mask(tuned: Tensor, base: Tensor, kept: range) -> Callable[[Tensor], Tensor
         return lambda tau: tau
 
     def sizes() -> Iterator[Tensor]:
-        for _, (theta, start) in pieces([tuned, base], wide(base)):
+        for _, (theta, start) in pieces([tuned, base], wide(base), 4):
             yield (theta - start).abs()
 
     found = _ranked(sizes, (kept.start, kept.stop - 1), base.numel(), wide(base), base.device)

@@ -7,16 +7,25 @@ import torch
 from torch import Tensor
 
 State = Mapping[str, Tensor]
-PIECE = 1 << 19  # elements worked on at a time: what a merge needs beyond its tensors stays a few MB
+PIECE = 1 << 17  # elements worked on at a time: they stay in the cache, and beside the tensors is little
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Lazy(Mapping[str, Tensor]):
-    """A state whose tensors are made when they are asked for, and not kept."""
+    """A state whose tensors are made when they are asked for, and not kept.
 
-    def __init__(self, names: Sequence[str], make: Callable[[str], Tensor]) -> None:
+    ``lend`` makes one that is only looked at and dropped soon: it may be the file itself.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        make: Callable[[str], Tensor],
+        lend: Callable[[str], Tensor] | None = None,
+    ) -> None:
         self._names = dict.fromkeys(names)
         self._make = make
+        self.lend = lend or make
 
     def __getitem__(self, name: str) -> Tensor:
         """Make one tensor."""
@@ -160,11 +169,11 @@ def wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def pieces(xs: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[slice, list[Tensor]]]:
+def pieces(xs: Sequence[Tensor], dtype: torch.dtype, times: int = 1) -> Iterator[tuple[slice, list[Tensor]]]:
     """Walk flat tensors side by side: where, and the piece of each in ``dtype``. Do not write into them."""
-    flat = [x.reshape(-1) for x in xs]
-    for start in range(0, flat[0].numel(), PIECE):
-        where = slice(start, min(start + PIECE, flat[0].numel()))
+    flat, step = [x.reshape(-1) for x in xs], times * PIECE
+    for start in range(0, flat[0].numel(), step):
+        where = slice(start, min(start + step, flat[0].numel()))
         yield where, [x[where].to(dtype) for x in flat]
 
 
