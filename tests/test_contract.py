@@ -187,6 +187,7 @@ SHOWN_ELSEWHERE = {
     "cotkit.adapters.modules.fold": "tests/test_adapters_inject.py",
     "cotkit.adapters.modules.givens": "tests/test_adapters_delta.py",
     "cotkit.adapters.modules.inject": "tests/test_adapters_inject.py",
+    "cotkit.adapters.modules.save": "tests/test_adapters_inject.py",
     "cotkit.losses.regularize.localized_balance": "tests/test_losses_regularize.py",
     "cotkit.metrics.best_at_k": "tests/test_metrics.py",
     "cotkit.metrics.flips": "tests/test_metrics.py",
