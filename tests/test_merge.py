@@ -570,18 +570,35 @@ def test_reductions_and_chains_read_files_too(tmp_path):
     )
 
 
+def test_a_lazy_result_is_no_window_on_a_file(tmp_path):
+    path = save({"a": f(1.0, 2.0), "odd": torch.zeros(0)}, tmp_path / "x.safetensors")
+    opened = checkpoint(path)
+    for rule in (lambda s: s, lambda s: {n: x[:1] for n, x in s.items()}):
+        made = lazy(rule, opened)["a"]
+        made.add_(5)
+        assert opened["a"].tolist() == lazy(lambda s: s, opened)["a"].tolist() == [1.0, 2.0]
+    # Data that does not start at a multiple of the number's size
+    text = json.dumps({"b": {"dtype": "F64", "shape": [1], "data_offsets": [0, 8]}}).encode()
+    text += b" " * (3 - len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + struct.pack("<d", 2.5))
+    assert lazy(lambda s: s, checkpoint(path))["b"].tolist() == checkpoint(path)["b"].tolist() == [2.5]
+
+
 def test_memory_holds_one_tensor_of_each_model(tmp_path, monkeypatch):
     paths = [save(MODELS[k], tmp_path / str(k)) for k in range(4)]
     alive, most = weakref.WeakSet(), []
-    read = _files._read
 
-    def counted(*entry):
-        x = read(*entry)
-        alive.add(x)
-        most.append(len(alive))
-        return x
+    def counted(read):
+        def reads(*entry):
+            x = read(*entry)
+            alive.add(x)
+            most.append(len(alive))
+            return x
 
-    monkeypatch.setattr(_files, "_read", counted)
+        return reads
+
+    monkeypatch.setattr(_files, "_read", counted(_files._read))
+    monkeypatch.setattr(_files, "_map", counted(_files._map))
     states = [checkpoint(path) for path in paths]
     opened = len(most)
     save(lazy(lambda base, *tuned: model_stock(base, tuned), *states), tmp_path / "out")
